@@ -1,0 +1,174 @@
+"""The ClientApp: permit, reserve, train, settle, check, reply. The same one in simulation and in a hospital.
+
+Guarantee: with privacy enabled, everything this app sends is public by declaration, or a noisy update or histogram of an
+admitted plan, or a constant. After a reservation the site answers with valid noisy bytes or with the constant
+`failed`; what went wrong stays in the site's own log. How long an answer takes is outside the guarantee.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from safetensors.numpy import load_file, save
+
+from fedscan_client import cohort, evaluate, site, train
+from fedscan_client.dp import ledger
+from fedscan_client.gate import egress, guard, policy
+from fedscan_client.site import Site
+from fedscan_core import accounting, config, files, wire
+from fedscan_core.accounting import SitePlan
+from fedscan_core.config import RunConfig
+from fedscan_core.errors import FedscanError, WireError
+from fedscan_core.wire import Arrays, Reply, Request
+
+SITE_KEY = "fedscan-site"  # node_config: the site's folder
+_log = logging.getLogger("fedscan.site")
+
+OpenSite = Callable[[Context], Site]
+
+
+def make_app(open_site: OpenSite) -> ClientApp:
+    """The ClientApp of whatever site `open_site` finds for a node."""
+    app = ClientApp()
+
+    @app.query()
+    def declare(message: Message, context: Context) -> Message:
+        return _answer(message, open_site(context), _declare)
+
+    @app.train()
+    def train_(message: Message, context: Context) -> Message:
+        return _answer(message, open_site(context), _train)
+
+    @app.evaluate()
+    def evaluate_(message: Message, context: Context) -> Message:
+        return _answer(message, open_site(context), _evaluate)
+
+    return app
+
+
+def _answer(message: Message, here: Site, handle: Callable[[Site, Request], Reply]) -> Message:
+    """Runs one handler; whatever goes wrong becomes the constant `failed`, and its text stays here."""
+    try:
+        reply = handle(here, wire.read_request(message.content))
+    except Exception as error:
+        _note(here, error)
+        reply = Reply(here.name, "failed")
+    return Message(wire.reply_record(reply), reply_to=message)
+
+
+def _declare(here: Site, request: Request) -> Reply:
+    """Permit: the plan this site would follow, from public values alone, or a refusal with its reason."""
+    try:
+        run, plan = _permit(here, request)
+    except Refused as refused:
+        return Reply(here.name, "refused", refused.reason)
+    except FedscanError as error:  # config and plan problems: they depend on the request and the declared size only
+        return Reply(here.name, "refused", str(error))
+    if run.privacy.enabled:
+        ledger.open_ledger(here.ledger, ledger.Budget(here.policy.max_epsilon, here.policy.max_delta))
+        try:
+            ledger.admit(here.ledger, request.run_id, plan)
+        except FedscanError as error:
+            return Reply(here.name, "refused", str(error))
+    return Reply(here.name, "ok", plan=plan)
+
+
+def _train(here: Site, request: Request) -> Reply:
+    run, plan = _permit(here, request)
+    if not 1 <= request.round <= run.train.rounds:
+        raise WireError(f"Round {request.round} is not one of the run's {run.train.rounds}.")
+
+    def work() -> Arrays:
+        network = cohort.network_for(run)
+        guard.load_model(network.module, request.model)
+        patients = cohort.load_patients(here, run, "train")
+        delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
+        allowed = {n: (tuple(p.shape), "<f4") for n, p in network.module.named_parameters() if p.requires_grad}
+        egress.check(delta, allowed)
+        return delta
+
+    update = _release(here, request, run, "update", work)
+    return Reply(here.name, "failed") if update is None else Reply(here.name, "ok", update=update)
+
+
+def _evaluate(here: Site, request: Request) -> Reply:
+    run, plan = _permit(here, request)
+    if not (run.evaluation.private and run.privacy.enabled) or request.round != wire.EVALUATION_ROUND:
+        raise WireError("The run has no private evaluation.")
+
+    def work() -> Arrays:
+        network = cohort.network_for(run)
+        guard.load_model(network.module, request.model)
+        patients = cohort.load_patients(here, run, run.evaluation.split)
+        counts = evaluate.noisy_histogram(network.module, patients, run, plan)
+        egress.check({"histogram": counts}, {"histogram": (evaluate.shape(run), "<f8")})
+        return {"histogram": counts}
+
+    released = _release(here, request, run, "histogram", work)
+    return Reply(here.name, "failed") if released is None else Reply(here.name, "ok", histogram=released["histogram"])
+
+
+class Refused(Exception):
+    """The policy says no; `reason` may be shown to the researcher."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
+    run = config.from_server(request.config)
+    plan = accounting.plan_for(run, here.patients_declared)
+    reason = policy.refusal(here.policy, run, plan)
+    if reason is not None:
+        raise Refused(reason)
+    return run, plan
+
+
+def _release(here: Site, request: Request, run: RunConfig, what: str, work: Callable[[], Arrays]) -> Arrays | None:
+    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned or failed."""
+    if not run.privacy.enabled:
+        return work()
+    answer = here.folder / "outbox" / f"{request.run_id}-{request.round}-{what}.safetensors"
+    question = wire.fingerprint({**(request.model or {}), "\0config": np.frombuffer(request.config.encode(), np.uint8)})
+    state = ledger.reserve(here.ledger, request.run_id, request.round, question)
+    if state == "burned" or (state == "answered" and not answer.exists()):
+        return None
+    if state == "new":
+        arrays = work()
+        _keep_only(answer)
+        files.write_atomic(answer, save(arrays))
+        ledger.settle(here.ledger, request.run_id, request.round, wire.fingerprint(arrays))
+    released: Arrays = load_file(answer)
+    egress.record(here.folder, run_id=request.run_id, round_=request.round, what=what, arrays=released)
+    return released
+
+
+def _keep_only(answer: Path) -> None:
+    """Drops older answers of the outbox: the server has moved on when it asks the next question."""
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    for old in answer.parent.iterdir():
+        if old != answer:
+            old.unlink()
+
+
+def _note(here: Site, error: Exception) -> None:
+    """Writes what went wrong to the site's own log, which never leaves."""
+    line = logging.LogRecord("fedscan.site", logging.ERROR, "", 0, f"{type(error).__name__}: {error}", None, None)
+    line_text = logging.Formatter("%(asctime)s %(message)s").format(line)
+    try:
+        with (here.folder / "site.log").open("a", encoding="utf-8") as file:
+            file.write(line_text + "\n")
+    except OSError:
+        _log.debug("the site's log cannot be written")
+
+
+def _open_configured(context: Context) -> Site:
+    """A deployed node's site: the folder its agent named when it started the node."""
+    return site.load(Path(str(context.node_config[SITE_KEY])))
+
+
+app = make_app(_open_configured)

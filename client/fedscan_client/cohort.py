@@ -1,0 +1,154 @@
+"""A site's consenting patients for one task, as tensors: each patient's images lie side by side.
+
+Nothing here looks across patients: pixels are scaled by their type's range, features are fixed, and labels are
+checked against the declared set. Shapes: N images, P patients.
+"""
+
+import csv
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedscan_client.intake import pixels
+from fedscan_client.site import Site
+from fedscan_core.config import RunConfig
+from fedscan_core.errors import DataError
+from fedscan_models import tasks
+from fedscan_models.registry import ModelShape, Network, build, select_trainable
+
+TABLE = "cohort.csv"
+COLUMNS = ("file", "index", "patient_id", "label", "split", "sex", "age")
+_FEATURE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Some patients' images, ready for the network.
+
+    Attributes:
+        inputs: [N, ...] float32, pixels or the network's fixed features.
+        targets: [N] int64, index into the task's labels.
+        offsets: [P + 1] int64; patient p owns rows offsets[p] to offsets[p + 1].
+        ids: P identifiers, as the site holds them (pseudonyms, or a research table's own).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    offsets: np.ndarray
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of patients."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image before it is an input: who, what, and how to get the pixels."""
+
+    patient: str
+    label: str
+    split: str
+    load: functools.partial[np.ndarray]
+
+
+def network_for(run: RunConfig) -> Network:
+    """The run's network with fresh weights from its seed, its trainable part selected."""
+    shape = ModelShape(run.task.channels, run.task.image_size, tasks.outputs(run.task.labels))
+    network = build(run.model.name, shape, seed=run.train.seed)
+    select_trainable(network.module, network.head, run.model.trainable)
+    return network
+
+
+def label_index(text: str, labels: Sequence[str]) -> int:
+    """Index of a label given by name or by 0-based number.
+
+    Raises:
+        DataError: outside the declared set.
+    """
+    if text in labels:
+        return list(labels).index(text)
+    try:
+        number = int(float(text))
+    except ValueError:
+        number = -1
+    if not (0 <= number < len(labels) and float(number) == float(text)):
+        raise DataError(
+            f"Label '{text}' is not one of the declared {list(labels)}.",
+            remedy="Correct the table, or name it in [task] labels.",
+        )
+    return number
+
+
+def load_patients(site: Site, run: RunConfig, split: str) -> Patients:
+    """The site's patients of one split, decoded and turned into inputs once per process.
+
+    Raises:
+        DataError: an image or label that cannot be used. Its text may name a file: it stays inside the site.
+    """
+    key = json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit])
+    return _load(site.folder, site.source.kind, site.source.folder, split, key)
+
+
+def forget() -> None:
+    """Drops everything that `load_patients` keeps in memory."""
+    _load.cache_clear()
+
+
+def images_of(site_folder: Path, kind: str, folder: Path, size: tuple[int, int], channels: int) -> list[Image]:
+    """Every image of the site, undecoded where the source allows it."""
+    if kind == "table":
+        with (site_folder / TABLE).open(newline="", encoding="utf-8") as file:
+            return [
+                Image(
+                    row["patient_id"],
+                    row["label"],
+                    row["split"],
+                    functools.partial(
+                        pixels.load_image,
+                        folder / row["file"],
+                        int(row["index"]) if row["index"] else None,
+                        size=size,
+                        channels=channels,
+                    ),
+                )
+                for row in csv.DictReader(file)
+            ]
+    from fedscan_client.intake import ingest
+
+    key = (site_folder / "key").read_bytes()
+    return [
+        Image(record.patient, record.label, record.split, functools.partial(np.asarray, record.image))
+        for record in ingest.load_cohort_records(folder, key)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> Patients:
+    task, model_name, unit = json.loads(key)
+    run = RunConfig.model_validate({"task": task, "model": {"name": model_name}})
+    size = (run.task.image_size[0], run.task.image_size[1])
+    images = [i for i in images_of(site_folder, kind, folder, size, run.task.channels) if i.split == split]
+    images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
+    targets = torch.tensor([label_index(image.label, run.task.labels) for image in images], dtype=torch.int64)
+    network = network_for(run)
+    parts = []
+    for first in range(0, len(images), _FEATURE_BATCH):
+        x_BCHW = torch.from_numpy(np.stack([image.load() for image in images[first : first + _FEATURE_BATCH]]))
+        with torch.no_grad():
+            parts.append(network.features(x_BCHW) if network.features else x_BCHW)
+    inputs = torch.cat(parts) if parts else torch.zeros(0)
+    if unit == "image":
+        names = [f"{image.patient}/{number}" for number, image in enumerate(images)]
+    else:
+        names = [image.patient for image in images]
+    starts = [0] if names else []
+    starts += [i for i in range(1, len(names)) if names[i] != names[i - 1]]
+    offsets = np.array([*starts, len(names)], dtype=np.int64)
+    return Patients(inputs, targets, offsets, tuple(names[start] for start in starts))

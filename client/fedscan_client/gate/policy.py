@@ -1,0 +1,41 @@
+"""The hospital's veto: what a run may ask of this site, decided by `site.toml` alone.
+
+A refusal is text the researcher may read; it depends on the policy and the request, never on patients.
+"""
+
+from dataclasses import dataclass
+
+from fedscan_core.accounting import SitePlan
+from fedscan_core.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the hospital allows.
+
+    `research_cohort` marks phantom or public images: only there may a run switch privacy off or protect images
+    instead of patients. `max_epsilon` and `max_delta` are the ledger's lifetime budget.
+    """
+
+    max_epsilon: float
+    max_delta: float
+    min_noise_multiplier: float = 0.3
+    research_cohort: bool = False
+
+
+def refusal(policy: Policy, run: RunConfig, plan: SitePlan) -> str | None:
+    """Why this site will not take part, or None."""
+    if not policy.research_cohort:
+        if not run.privacy.enabled:
+            return "this site trains only with privacy enabled"
+        if run.privacy.unit != "patient":
+            return "this site protects patients, not single images (privacy.unit)"
+    if not run.privacy.enabled:
+        return None
+    if plan.epsilon > policy.max_epsilon:
+        return f"the run asks for epsilon {plan.epsilon:.4g}, this site allows {policy.max_epsilon:g}"
+    if plan.delta > policy.max_delta:
+        return f"the run asks for delta {plan.delta:g}, this site allows {policy.max_delta:g}"
+    if plan.noise_multiplier < policy.min_noise_multiplier:
+        return f"the run adds noise {plan.noise_multiplier:.3g}, this site's floor is {policy.min_noise_multiplier:g}"
+    return None

@@ -1,0 +1,134 @@
+"""One round of local training: DP-SGD over patients, and the model delta that may leave.
+
+Guarantee of `train_round` with privacy enabled, for one round of S steps: the returned delta is a post-processing of S
+runs of the Poisson-sampled Gaussian mechanism with rate plan.sampling_rate, L2 sensitivity C and noise standard
+deviation plan.noise_multiplier * C (unit: patient, adjacency: add or remove one), composed adaptively. Everything else
+it uses (start weights, divisor, learning rate, weight decay, proximal pull, number of steps) is public. An empty
+sample still takes its noisy step. Source: Abadi et al. 2016 (arXiv 1607.00133), with the patient as the unit.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedscan_client.cohort import Patients
+from fedscan_client.dp import engine, sampling
+from fedscan_client.dp.noise import SecretStream, add_noise
+from fedscan_core.accounting import SitePlan
+from fedscan_core.config import RunConfig
+from fedscan_core.wire import Arrays
+from fedscan_models import tasks
+
+Uniform = Callable[[int], np.ndarray]
+
+
+def train_round(
+    module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan, *, round_: int, site: str
+) -> Arrays:
+    """Trains from the module's current weights and returns the change of every trainable parameter.
+
+    Args:
+        module: holds the round's global model; holds the local one afterwards.
+        patients: the site's training patients; may be empty.
+        run: the run, all of it public.
+        plan: the site's sealed plan.
+        round_: from 1; with `site` and train.seed it fixes the randomness of a run without privacy.
+        site: the site's name.
+
+    Returns:
+        name -> float32 delta.
+    """
+    start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = _optimizer(parameters, run)
+    module.train()
+    for step in range(run.train.local_steps):
+        if run.privacy.enabled:
+            stream = SecretStream()  # fresh key from the operating system at every step
+            gradients = _private_gradients(module, patients, run, plan, stream)
+        else:
+            gradients = _plain_gradients(module, patients, run, plan, _seeded(run.train.seed, site, round_, step))
+        for parameter, gradient, origin in zip(parameters, gradients, start.values(), strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            if run.aggregation.strategy == "fedprox":
+                # After the noise and from public weights: costs no privacy (Li et al. 2020, arXiv 1812.06127).
+                parameter.grad += run.aggregation.proximal_mu * (parameter.detach() - origin)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: (p.detach() - start[name]).numpy() for name, p in module.named_parameters() if name in start}
+
+
+def _private_gradients(
+    module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan, stream: SecretStream
+) -> list[Tensor]:
+    """(clipped sum over the sampled patients + noise) / public divisor."""
+    x_B, y_B, sizes = _batch(patients, run, plan.sampling_rate, stream.uniform)
+    sums = engine.clipped_sum(
+        module, tasks.loss_rows, x_B, y_B, sizes, clip=run.privacy.clip, engine=run.privacy.engine
+    )
+    scale = plan.noise_multiplier * engine.sensitivity(run.privacy.clip)
+    divisor = plan.sampling_rate * plan.patients_declared
+    return [noisy / divisor for noisy in add_noise(sums, scale, stream)]
+
+
+def _plain_gradients(
+    module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan, uniform: Uniform
+) -> list[Tensor]:
+    """The mean over the sampled patients of each one's mean gradient: the same layout without clipping and noise."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    x_B, y_B, sizes = _batch(patients, run, plan.sampling_rate, uniform)
+    if not sizes:
+        return [torch.zeros_like(p) for p in parameters]
+    weight_B = torch.repeat_interleave(1.0 / torch.tensor(sizes), torch.tensor(sizes)) / len(sizes)
+    totals = [torch.zeros_like(p) for p in parameters]
+    for first in range(0, len(x_B), 256):
+        part = slice(first, first + 256)
+        loss = (tasks.loss_rows(module(x_B[part]), y_B[part]) * weight_B[part]).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient
+    return totals
+
+
+def _batch(patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> tuple[Tensor, Tensor, list[int]]:
+    """Samples patients and their images, and makes the augmented views; a patient's rows stay side by side."""
+    chosen = sampling.poisson(len(patients), rate, uniform)
+    rows, sizes = sampling.images_of(chosen, patients.offsets, run.privacy.max_images_per_patient, uniform)
+    views = run.train.multiplicity
+    index = torch.from_numpy(np.repeat(rows, views))
+    x_B, y_B = patients.inputs[index], patients.targets[index]
+    if run.train.augmentation != "none" and len(x_B):
+        x_B = augment(x_B, run.train.augmentation, uniform)
+    return x_B, y_B, [size * views for size in sizes if size]
+
+
+def augment(x_BCHW: Tensor, kind: str, uniform: Uniform) -> Tensor:
+    """A random view of each image: mirrored with probability 1/2; "shift" also moves it by up to 1/16 of the side."""
+    flip_B = torch.from_numpy(uniform(len(x_BCHW)) <= 0.5)
+    x_BCHW = torch.where(flip_B.view(-1, 1, 1, 1), x_BCHW.flip(-1), x_BCHW)
+    if kind == "shift":
+        height, width = x_BCHW.shape[-2:]
+        reach = (height // 16, width // 16)
+        moves = [np.floor(uniform(len(x_BCHW)) * (2 * r + 1 - 1e-9)).astype(int) for r in reach]
+        padded = nn.functional.pad(x_BCHW, (reach[1], reach[1], reach[0], reach[0]), mode="replicate")
+        x_BCHW = torch.stack([x[:, i : i + height, j : j + width] for x, i, j in zip(padded, *moves, strict=True)])
+    return x_BCHW
+
+
+def _optimizer(parameters: list[nn.Parameter], run: RunConfig) -> torch.optim.Optimizer:
+    settings = run.train
+    if settings.optimizer == "adam":
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def _seeded(seed: int, site: str, round_: int, step: int) -> Uniform:
+    """Reproducible uniforms for runs without privacy: the same whatever ran before and in which process."""
+    key = hashlib.sha256(f"{seed}|{site}|{round_}|{step}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big")))
+    return lambda count: 1.0 - generator.random(count)

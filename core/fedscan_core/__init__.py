@@ -1,0 +1,1 @@
+"""What both sides agree on: configuration, errors, the wire, the accountant. Light to import."""

@@ -1,0 +1,502 @@
+"""RUN.toml as typed, frozen values: what a researcher may ask for, checked before anything heavy is imported.
+
+One file describes one experiment, in simulation and on real hospitals. Unknown keys are refused with the nearest
+right name; every key's meaning is its `description`, which `fedscan config --explain` prints. Importing this
+module loads neither torch nor flwr.
+
+>>> run = parse({"name": "demo", "task": {"labels": ["normal", "pneumonia"]}})
+>>> run.privacy.target_epsilon
+8.0
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedscan_core.errors import ConfigError
+
+# Below this the answer would be almost pure noise; above, a calibrated run is beyond use (DESIGN.md section 3).
+MIN_EPSILON = 0.01
+MAX_NOISE_MULTIPLIER = 100.0
+
+MODEL_NAMES = ("scatter", "cnn", "resnet18", "densenet121", "unet2d", "unet3d")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A table of RUN.toml: immutable, strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class Task(Section):
+    """What the model learns to say about an image."""
+
+    kind: Literal["classification"] = Field(
+        "classification", description="Kind of task. Two labels: one logit; more: softmax."
+    )
+    labels: tuple[str, ...] = Field(
+        ("0", "1"),
+        min_length=2,
+        description="The classes in order, negative first. The label column holds these names or their 0-based number.",
+    )
+    image_size: tuple[int, ...] = Field(
+        (64, 64),
+        min_length=2,
+        max_length=3,
+        description="Pixels the model sees: [height, width]; one number is a square.",
+    )
+    channels: Literal[1, 3] = Field(1, description="1 = grey, 3 = colour. Images are converted.")
+    modality: str = Field("", description="DICOM modality the task is meant for (CR, DX, CT, ...); informative.")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("image_size")
+    @classmethod
+    def _size_range(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 16 <= side <= 4096 for side in value):
+            raise ValueError("each side must lie between 16 and 4096 pixels")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("labels must differ from each other")
+        return value
+
+
+class Model(Section):
+    """Which network is trained, and from where it starts."""
+
+    name: str = Field("scatter", description=f"One of {', '.join(MODEL_NAMES)}; see models/README.md.")
+    init: str = Field(
+        "random", description='"random" or the path of a local .safetensors file with the same names and shapes.'
+    )
+    trainable: Literal["all", "head", "norm"] = Field(
+        "all", description="What is trained: all parameters, the head, or the norm layers and the head."
+    )
+
+
+class Privacy(Section):
+    """The guarantee: (epsilon, delta)-DP per site for adding or removing one patient. DESIGN.md section 3."""
+
+    enabled: bool = Field(
+        True, description="false = no privacy at all: baselines in simulation only; said on every line of output."
+    )
+    unit: Literal["patient", "image"] = Field(
+        "patient", description='Whom the guarantee protects. "image" exists for comparison, in simulation only.'
+    )
+    target_epsilon: float = Field(
+        8.0, gt=0, description="Each site's total epsilon for this run, training and evaluation together."
+    )
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="Instead of target_epsilon: the training noise's sigma directly; epsilon follows."
+    )
+    delta: float | Literal["auto"] = Field(
+        "auto", description='Probability that the bound fails. "auto" = min(1e-5, 1/(10 n)) for a site of n patients.'
+    )
+    clip: float | Literal["auto"] = Field(
+        1.0,
+        description='Clipping norm C of one patient\'s gradient; "auto" scales every gradient to norm 1 (Bu et al. 2022).',
+    )
+    max_images_per_patient: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="At most K images of a chosen patient enter a step, drawn afresh; bounds work, not privacy.",
+    )
+    engine: Literal["opacus", "loop"] = Field(
+        "opacus",
+        description='Per-patient gradients through Opacus hooks, or a plain (slow) loop over patients: "loop".',
+    )
+
+    @field_validator("delta")
+    @classmethod
+    def _delta(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value < 1e-2:
+            raise ValueError("delta must lie between 0 and 0.01")
+        return value
+
+    @field_validator("clip")
+    @classmethod
+    def _clip(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError("the clipping norm must be above 0")
+        return value
+
+
+class Train(Section):
+    """Local training. Everything here is public."""
+
+    rounds: int = Field(30, ge=1, le=100_000, description="Rounds of the federation.")
+    local_steps: int = Field(1, ge=1, le=10_000, description="DP-SGD steps at a site in each round.")
+    patients_per_step: int | Literal["all"] = Field(
+        64,
+        description='Expected patients in a step: the sampling rate is this over the declared cohort. "all" = rate 1.',
+    )
+    optimizer: Literal["sgd", "adam"] = Field(
+        "sgd", description="The site's optimizer; its state starts anew every round."
+    )
+    learning_rate: float = Field(0.1, gt=0, description="The site's learning rate.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="The site's momentum within a round (sgd).")
+    weight_decay: float = Field(
+        0.0, ge=0, description="L2 shrinkage per step, applied after the noise (costs no privacy)."
+    )
+    augmentation: Literal["none", "flip", "shift"] = Field(
+        "none", description='Random views: "flip" mirrors, "shift" moves by up to 1/16 of the side and mirrors.'
+    )
+    multiplicity: int = Field(
+        1, ge=1, le=64, description="Views of each image inside one patient's gradient (De et al. 2022)."
+    )
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the running average of the global model that is released; 0 = off."
+    )
+    tail_average: float = Field(
+        0.0, ge=0, le=1, description="Release the mean of the global models of this last share of the rounds; 0 = off."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="For partition, start weights and everything but noise and sampling."
+    )
+
+    @field_validator("patients_per_step")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if not isinstance(value, str) and value < 1:
+            raise ValueError("patients_per_step must be at least 1")
+        return value
+
+
+class Aggregation(Section):
+    """How the server turns updates into the next global model. All post-processing: costs no privacy."""
+
+    strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"] = Field(
+        "fedavg", description="fedavg, fedprox (local pull), fedavgm (server momentum), fedadam, fedyogi."
+    )
+    server_learning_rate: float = Field(1.0, gt=0, description="Step along the mean update.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum (fedavgm); beta_1 (fedadam, fedyogi).")
+    beta_2: float = Field(0.99, ge=0, lt=1, description="Second-moment decay (fedadam, fedyogi).")
+    tau: float = Field(1e-3, gt=0, description="Adaptivity floor (fedadam, fedyogi).")
+    proximal_mu: float = Field(0.01, ge=0, description="Pull towards the round's global model (fedprox).")
+    weights: Literal["declared", "uniform"] = Field(
+        "declared", description="Public weights of the sites: their declared cohort sizes, or all equal."
+    )
+    min_sites: int = Field(
+        2, ge=1, description="Fewer usable updates than this and the round is void (capped by the sites there are)."
+    )
+
+
+class Evaluation(Section):
+    """How the model is judged."""
+
+    split: Literal["val", "test"] = Field("test", description="Held-out patients: tune on val, report test once.")
+    every: int = Field(
+        10, ge=0, description="Simulation: evaluate every so many rounds and at the end; 0 = at the end only."
+    )
+    private: bool = Field(
+        False,
+        description="Sites answer one noisy score histogram at the end, charged to their ledgers: works in deployment.",
+    )
+    budget_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of the target epsilon that fixes the private evaluation's noise."
+    )
+    bins: int = Field(20, ge=2, le=1000, description="Score bins of the private histogram.")
+
+
+class SiteRule(Section):
+    """One or several pretend sites made of the rows of a research table."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="The site's name in this run.")
+    members: tuple[str, ...] = Field(
+        (), description="Values of the site column that belong to it; empty = its own name."
+    )
+    parts: int = Field(1, ge=1, le=4096, description="Split it by patient into this many sites NAME-1, NAME-2, ...")
+    role: Literal["train", "evaluate"] = Field("train", description='"evaluate": never trains, only measures.')
+
+
+class Data(Section):
+    """Where pretend sites get their images. A deployed site ignores this section: its own site.toml decides."""
+
+    source: Literal["table", "phantom"] = Field(
+        "table", description='"table": images and a CSV; "phantom": synthetic hospitals as DICOM.'
+    )
+    dir: str | None = Field(None, description="Folder of the images; --data overrides it.")
+    table: str = Field(
+        "metadata.csv",
+        description="CSV in that folder with the columns file, patient_id, label [, index, site, split, ...].",
+    )
+    label_column: str = Field("label", description="Column that holds the label.")
+    sites: tuple[SiteRule, ...] = Field(
+        (), description="Which rows make which site; empty = one site per value of the site column."
+    )
+
+
+class Simulation(Section):
+    """Pretend hospitals on one machine."""
+
+    backend: Literal["inline", "ray"] = Field(
+        "inline", description='"inline": this process; "ray": Flower\'s simulation runtime.'
+    )
+    sites: int = Field(4, ge=1, le=4096, description="How many sites (phantom source, or partition).")
+    partition: Literal["none", "iid", "dirichlet", "quantity"] = Field(
+        "none", description="Ignore the site column and deal patients out: evenly, by label skew, or by size skew."
+    )
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration of the skew; smaller is more unequal.")
+    patients: int = Field(120, ge=8, le=100_000, description="Patients of each phantom hospital.")
+    cpus_per_site: float = Field(1.0, gt=0, description="Ray: processors per site process.")
+    gpus_per_site: float = Field(0.0, ge=0, description="Ray: share of a GPU per site process.")
+
+
+class RunConfig(Section):
+    """One experiment."""
+
+    name: str = Field(
+        "run", pattern=NAME_PATTERN, description="Name of the run: letters, digits, dot, dash, underscore."
+    )
+    task: Task = Task()
+    model: Model = Model()
+    privacy: Privacy = Privacy()
+    train: Train = Train()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    data: Data = Data()
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.model.name not in MODEL_NAMES:
+            near = difflib.get_close_matches(self.model.name, MODEL_NAMES, n=1, cutoff=0.0)[0]
+            raise ValueError(f"model.name: there is no model '{self.model.name}'; did you mean '{near}'?")
+        if self.model.name in ("unet2d", "unet3d"):
+            raise ValueError(
+                "model.name: unet models segment, and the tasks of this version classify; choose another model"
+            )
+        if len(self.task.image_size) == 3:
+            raise ValueError("task.image_size: 3-D images need a segmentation task, which this version does not train")
+        if self.model.name == "scatter" and self.train.augmentation != "none":
+            raise ValueError(
+                "train.augmentation: scatter computes fixed features once per image; use 'none' or another model"
+            )
+        if self.train.augmentation == "none" and self.train.multiplicity > 1:
+            raise ValueError("train.multiplicity: several identical views teach nothing; set train.augmentation")
+        if self.train.ema and self.train.tail_average:
+            raise ValueError("train.ema and train.tail_average: choose one")
+        if self.privacy.enabled and self.privacy.noise_multiplier is None and self.privacy.target_epsilon < MIN_EPSILON:
+            raise ValueError(
+                f"privacy.target_epsilon: {self.privacy.target_epsilon} is below {MIN_EPSILON}: only noise would be left"
+            )
+        noise = self.privacy.noise_multiplier
+        if noise is not None and noise > MAX_NOISE_MULTIPLIER:
+            raise ValueError(
+                f"privacy.noise_multiplier: {noise} is above {MAX_NOISE_MULTIPLIER:g}: only noise would be left"
+            )
+        names = [rule.name for rule in self.data.sites]
+        if len(set(names)) != len(names):
+            raise ValueError("data.sites: two sites have the same name")
+        if self.data.sites and all(rule.role == "evaluate" for rule in self.data.sites):
+            raise ValueError("data.sites: every site only evaluates; at least one must train")
+        return self
+
+
+# --------------------------------------------------------------------------- reading and writing
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a RUN.toml.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` texts; the value is TOML, or a bare word taken as a string.
+
+    Raises:
+        ConfigError: unreadable, not TOML, an unknown key or a wrong value; the text names the key and the way out.
+    """
+    try:
+        with path.open("rb") as file:
+            tree = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no file {path}.", remedy="`fedscan config --sample` prints one to start from."
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a RUN.toml.", remedy="To go on with a run, use --resume.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", remedy="Check the path and its permissions.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}.", remedy="Mend that line; text values need quotes."
+        ) from None
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> RunConfig:
+    """Checks a tree of values; see `load` for the errors."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(item) for item in error.errors()]
+        text = "; ".join(dict.fromkeys(problems))
+        raise ConfigError(
+            f"RUN.toml: {text}{'' if text.endswith('?') else '.'}", remedy="`fedscan config --explain` lists every key."
+        ) from None
+
+
+def to_toml(run: RunConfig) -> str:
+    """The resolved run as TOML, every key written out; `parse` of it gives the same run."""
+    return tomli_w.dumps(run.model_dump(mode="json", exclude_none=True))
+
+
+def sha256(run: RunConfig) -> str:
+    """Fingerprint of the resolved run (canonical JSON)."""
+    text = json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def for_sites(run: RunConfig) -> str:
+    """What a site is told of the run, as JSON: everything but where pretend data lie."""
+    return run.model_dump_json(exclude={"data", "simulation"})
+
+
+def from_server(text: str) -> RunConfig:
+    """Reads `for_sites` at a site, with the same checks."""
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError:
+        raise ConfigError(
+            "The server's run configuration does not fit this version.", remedy="Compare versions."
+        ) from None
+
+
+def explain() -> Iterator[tuple[str, str, str, str]]:
+    """Yields (key, type, default, description) for every key, in file order; a section has type ''."""
+    yield from _explain(RunConfig, "")
+
+
+SAMPLE = """\
+# A whole experiment. `fedscan config --explain` lists every key.
+name = "my-run"
+
+[task]
+labels = ["normal", "pneumonia"]
+image_size = 64
+
+[privacy]
+target_epsilon = 8.0        # each site's total, training and evaluation together
+
+[train]
+rounds = 60
+patients_per_step = "all"
+
+[data]
+dir = "my-images"           # holds metadata.csv with the columns file, patient_id, label, site, split
+"""
+
+
+# --------------------------------------------------------------------------- helpers
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: not of the form key=value.", remedy="For example --set train.rounds=10.")
+    *sections, last = (part.strip() for part in key.split("."))
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"--set {text}: '{section}' is not a section.", remedy="`fedscan config --explain` lists every key."
+            )
+    try:
+        tree[last] = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[last] = value.strip()
+
+
+def _problem(item: Any) -> str:
+    loc = [str(part) for part in item["loc"] if part not in ("int", "float") and not str(part).startswith("literal[")]
+    key = ".".join(loc)
+    if item["type"] == "extra_forbidden":
+        section = _section(loc[:-1])
+        names = list(section.model_fields) if section else []
+        elsewhere = [k for k, kind, _, _ in explain() if kind and k.split(".")[-1] == loc[-1]]
+        near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
+        if near:
+            return f"unknown key '{key}', did you mean '{'.'.join([*loc[:-1], near[0]])}'?"
+        if elsewhere:
+            return f"unknown key '{key}', did you mean '{elsewhere[0]}'?"
+        return f"unknown key '{key}' (here are: {', '.join(names)})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"'{key}': {message[0].lower()}{message[1:]}"
+
+
+def _section(loc: Sequence[str]) -> type[BaseModel] | None:
+    here: type[BaseModel] = RunConfig
+    for part in loc:
+        if part.isdigit():
+            continue
+        field = here.model_fields.get(part)
+        inner = _inner_section(field.annotation) if field else None
+        if inner is None:
+            return None
+        here = inner
+    return here
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in typing.get_args(annotation):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _explain(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in section.model_fields.items():
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            repeated = typing.get_origin(field.annotation) is tuple
+            key = f"{prefix}{name}"
+            yield f"[[{key}]]" if repeated else f"[{key}]", "", "", (inner.__doc__ or "").strip().splitlines()[0]
+            yield from _explain(inner, f"{key}.")
+        else:
+            default = "required" if field.is_required() else _toml_value(field.default)
+            yield f"{prefix}{name}", _type_text(field.annotation), default, field.description or ""
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return "unset"
+    return (
+        tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}, multiline_strings=False)
+        .removeprefix("v = ")
+        .strip()
+        .replace("\n", "")
+        .replace("    ", " ")
+    )
+
+
+def _type_text(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(json.dumps(value) for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_type_text(part) for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {_type_text(typing.get_args(annotation)[0])}"
+    return {int: "integer", float: "number", str: "text", bool: "true | false"}.get(annotation, str(annotation))

@@ -1,0 +1,165 @@
+"""The only file that names what travels between server and site, and under which key.
+
+    server -> site   query     run                       may this run happen here, and under which plan?
+                     train     run + model               one round
+                     evaluate  run + model               the one private evaluation
+    site -> server   query     status [+ plan]           public constants only, or a refusal with its reason
+                     train     status [+ update]         a noisy model delta, or the constant "failed"
+                     evaluate  status [+ histogram]      noisy counts, or the constant "failed"
+
+Arrays are plain numpy by name. Flower serialises them with `np.save` and no pickle. Importing this module does not
+load Flower; the functions that make records do.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fedscan_core.accounting import SitePlan
+from fedscan_core.errors import WireError
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+PROTOCOL = 1
+EVALUATION_ROUND = 0  # the ledger's round number of the private evaluation
+
+Arrays = dict[str, np.ndarray]
+Status = Literal["ok", "failed", "refused"]
+
+_RUN, _MODEL, _STATUS, _PLAN, _UPDATE, _HISTOGRAM = "run", "model", "status", "plan", "update", "histogram"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of a site. `round` counts from 1; `config` is `config.for_sites` JSON."""
+
+    run_id: str
+    round: int
+    config: str
+    model: Arrays | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site answers. After a reservation `failed` carries no reason: the reason could depend on patients."""
+
+    site: str
+    status: Status
+    reason: str = ""
+    plan: SitePlan | None = None
+    update: Arrays | None = None
+    histogram: np.ndarray | None = None
+
+
+def request_record(request: Request) -> "RecordDict":
+    """Packs a request."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    record = RecordDict(
+        {
+            _RUN: ConfigRecord(
+                {"protocol": PROTOCOL, "run_id": request.run_id, "round": request.round, "config": request.config}
+            )
+        }
+    )
+    if request.model is not None:
+        record[_MODEL] = _pack(request.model)
+    return record
+
+
+def read_request(record: "RecordDict") -> Request:
+    """Unpacks a request; the keys must be exactly those of `request_record`.
+
+    Raises:
+        WireError: another protocol version, or anything missing, mistyped or additional.
+    """
+    _only(record, {_RUN, _MODEL})
+    run = _config(record, _RUN, {"protocol": int, "run_id": str, "round": int, "config": str})
+    if run["protocol"] != PROTOCOL:
+        raise WireError(
+            f"The server speaks protocol {run['protocol']}, this site {PROTOCOL}.",
+            remedy="Install the same fedscan version.",
+        )
+    model = _unpack(record, _MODEL) if _MODEL in record else None
+    return Request(run["run_id"], run["round"], run["config"], model)
+
+
+def reply_record(reply: Reply) -> "RecordDict":
+    """Packs a reply."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    record = RecordDict({_STATUS: ConfigRecord({"site": reply.site, "status": reply.status, "reason": reply.reason})})
+    if reply.plan is not None:
+        record[_PLAN] = ConfigRecord(dataclasses.asdict(reply.plan))
+    if reply.update is not None:
+        record[_UPDATE] = _pack(reply.update)
+    if reply.histogram is not None:
+        record[_HISTOGRAM] = _pack({_HISTOGRAM: reply.histogram})
+    return record
+
+
+def read_reply(record: "RecordDict") -> Reply:
+    """Unpacks a reply; see `read_request` for the errors."""
+    _only(record, {_STATUS, _PLAN, _UPDATE, _HISTOGRAM})
+    status = _config(record, _STATUS, {"site": str, "status": str, "reason": str})
+    if status["status"] not in ("ok", "failed", "refused"):
+        raise WireError(f"Unknown status '{status['status']}' in a reply.")
+    plan = None
+    if _PLAN in record:
+        fields = {field.name: field.type for field in dataclasses.fields(SitePlan)}
+        plan = SitePlan(**_config(record, _PLAN, fields))
+    histogram = None
+    if _HISTOGRAM in record:
+        histogram = _unpack(record, _HISTOGRAM).get(_HISTOGRAM)
+    update = _unpack(record, _UPDATE) if _UPDATE in record else None
+    return Reply(status["site"], status["status"], status["reason"], plan, update, histogram)
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def nbytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Payload bytes, without Flower's framing."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _pack(arrays: Mapping[str, np.ndarray]) -> Any:
+    from flwr.app import Array, ArrayRecord
+
+    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def _unpack(record: "RecordDict", key: str) -> Arrays:
+    arrays = record.array_records.get(key)
+    if arrays is None:
+        raise WireError(f"Record '{key}' is not an array record.")
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def _only(record: "RecordDict", allowed: set[str]) -> None:
+    extra = set(record) - allowed
+    if extra:
+        raise WireError(f"A message carries unknown records: {', '.join(sorted(extra))}.")
+
+
+def _config(record: "RecordDict", key: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    config = record.config_records.get(key)
+    if config is None or set(config) != set(types):
+        raise WireError(f"Record '{key}' is missing or has other fields than protocol {PROTOCOL}.")
+    for name, kind in types.items():
+        value = config[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise WireError(f"Field '{name}' of record '{key}' is not of type {kind.__name__}.")
+    return dict(config)

@@ -1,0 +1,1 @@
+"""The coordinating centre: rounds, aggregation, checkpoints, reports. It never sees patient data."""

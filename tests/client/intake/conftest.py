@@ -1,0 +1,74 @@
+"""A phantom hospital, and a single CR instance to spoil."""
+
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from fedscan.phantom import draw_hospital
+
+TODAY = date(2026, 1, 15)
+CR = UID("1.2.840.10008.5.1.4.1.1.1")
+
+
+def _cr_instance(**changes: Any) -> Dataset:
+    """A minimal CR image of patient A-1, 4 x 6 pixels of 12 bits; None removes an element."""
+    ds = Dataset()
+    ds.ImageType = ["ORIGINAL", "PRIMARY"]
+    ds.SOPClassUID = CR
+    ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID = "1.2.3.4", "1.2.3", "1.2"
+    ds.AccessionNumber = "ACC7"
+    ds.Modality = "CR"
+    ds.Manufacturer = "GE MEDICAL SYSTEMS"
+    ds.PatientName = "Canary^Carla"
+    ds.PatientID = "A-1"
+    ds.PatientSex, ds.PatientAge = "F", "093Y"
+    ds.Rows, ds.Columns = 4, 6
+    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.add_new("PixelData", "OW", (np.arange(24, dtype="<u2") * 178).tobytes())
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    for keyword, value in changes.items():
+        if value is None:
+            delattr(ds, keyword)
+        elif keyword == "PixelData":
+            ds.add_new("PixelData", "OW", value)
+        else:
+            setattr(ds, keyword, value)
+    return ds
+
+
+def _save(ds: Dataset, path: Path) -> Path:
+    """Writes an instance as a DICOM file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.file_meta.MediaStorageSOPClassUID = CR
+    ds.file_meta.MediaStorageSOPInstanceUID = UID(ds.get("SOPInstanceUID") or "1.2.3.4")
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cr_instance() -> Callable[..., Dataset]:
+    """See `_cr_instance`."""
+    return _cr_instance
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[[Dataset, Path], Path]:
+    """See `_save`."""
+    return _save
+
+
+@pytest.fixture(scope="session")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom hospital of 12 patients; not to be changed."""
+    folder = tmp_path_factory.mktemp("hospital")
+    draw_hospital(folder, name="Canary General", patients=12, seed=5, as_of=TODAY)
+    return folder
