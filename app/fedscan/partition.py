@@ -5,6 +5,7 @@ patients, and bring `datasets` and `matplotlib` along.
 """
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -21,13 +22,13 @@ def iid(patients: Sequence[str], sites: int, rng: np.random.Generator) -> list[l
 
 
 def quantity(patients: Sequence[str], sites: int, alpha: float, rng: np.random.Generator) -> list[list[str]]:
-    """Size skew: the sites' shares are one Dirichlet(alpha) draw; every site gets at least one patient if there are enough."""
+    """Size skew: the shares are one Dirichlet(alpha) draw; each site gets at least one patient if there are enough."""
     order = [patients[i] for i in rng.permutation(len(patients))]
     return _cut(order, _shares(rng.dirichlet(np.full(sites, alpha)), len(order), at_least=1))
 
 
 def dirichlet(label_of: Mapping[str, str], sites: int, alpha: float, rng: np.random.Generator) -> list[list[str]]:
-    """Label skew (Hsu et al. 2019, arXiv 1909.06335): each label's patients are shared out by their own Dirichlet draw."""
+    """Label skew (Hsu et al. 2019, arXiv 1909.06335): the patients of each label are shared by a Dirichlet draw."""
     result: list[list[str]] = [[] for _ in range(sites)]
     for label in sorted(set(label_of.values())):
         own = [patient for patient, value in label_of.items() if value == label]
@@ -83,7 +84,8 @@ def check_whole(site_of: Sequence[tuple[str, str, str]]) -> None:
         torn = [patient for patient, values in where.items() if len(values) > 1]
         if torn:
             raise DataError(
-                f"Patient {torn[0]} is in two {what} ({', '.join(sorted(where[torn[0]]))}); {len(torn)} such patients in all.",
+                f"Patient {torn[0]} is in two {what} ({', '.join(sorted(where[torn[0]]))}); "
+                f"{len(torn)} such patients in all.",
                 remedy=remedy,
             )
 
@@ -100,4 +102,4 @@ def _shares(weights: np.ndarray, total: int, at_least: int) -> list[int]:
 
 def _cut(order: list[str], sizes: list[int]) -> list[list[str]]:
     ends = np.cumsum([0, *sizes])
-    return [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [order[a:b] for a, b in itertools.pairwise(ends)]

@@ -1,15 +1,16 @@
 """The ClientApp: permit, reserve, train, settle, check, reply. The same one in simulation and in a hospital.
 
-Guarantee: with privacy enabled, everything this app sends is public by declaration, or a noisy update or histogram of an
-admitted plan, or a constant. After a reservation the site answers with valid noisy bytes or with the constant
+Guarantee: with privacy enabled, everything this app sends is public by declaration, or a noisy update or histogram of
+an admitted plan, or a constant. After a reservation the site answers with valid noisy bytes or with the constant
 `failed`; what went wrong stays in the site's own log. How long an answer takes is outside the guarantee.
 """
 
-import logging
+import contextlib
+import hashlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save
@@ -21,11 +22,10 @@ from fedscan_client.site import Site
 from fedscan_core import accounting, config, files, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import FedscanError, WireError
+from fedscan_core.errors import ConfigError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
-_log = logging.getLogger("fedscan.site")
 
 OpenSite = Callable[[Context], Site]
 
@@ -54,7 +54,7 @@ def _answer(message: Message, here: Site, handle: Callable[[Site, Request], Repl
     try:
         reply = handle(here, wire.read_request(message.content))
     except Exception as error:
-        _note(here, error)
+        _note(here, f"{type(error).__name__}: {error}")
         reply = Reply(here.name, "failed")
     return Message(wire.reply_record(reply), reply_to=message)
 
@@ -63,16 +63,15 @@ def _declare(here: Site, request: Request) -> Reply:
     """Permit: the plan this site would follow, from public values alone, or a refusal with its reason."""
     try:
         run, plan = _permit(here, request)
+        if run.privacy.enabled:
+            ledger.open_ledger(here.ledger, ledger.Budget(here.policy.max_epsilon, here.policy.max_delta))
+            ledger.admit(here.ledger, request.run_id, plan, _sha(request.config))
     except Refused as refused:
         return Reply(here.name, "refused", refused.reason)
-    except FedscanError as error:  # config and plan problems: they depend on the request and the declared size only
+    except RecordDamaged:
+        raise  # names a file of the site: the server hears `failed`
+    except (ConfigError, PrivacyError) as error:  # they depend on the request and on what the site declares only
         return Reply(here.name, "refused", str(error))
-    if run.privacy.enabled:
-        ledger.open_ledger(here.ledger, ledger.Budget(here.policy.max_epsilon, here.policy.max_delta))
-        try:
-            ledger.admit(here.ledger, request.run_id, plan)
-        except FedscanError as error:
-            return Reply(here.name, "refused", str(error))
     return Reply(here.name, "ok", plan=plan)
 
 
@@ -84,7 +83,7 @@ def _train(here: Site, request: Request) -> Reply:
     def work() -> Arrays:
         network = cohort.network_for(run)
         guard.load_model(network.module, request.model)
-        patients = cohort.load_patients(here, run, "train")
+        patients = _cohort(here, run, "train")
         delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
         allowed = {n: (tuple(p.shape), "<f4") for n, p in network.module.named_parameters() if p.requires_grad}
         egress.check(delta, allowed)
@@ -102,13 +101,20 @@ def _evaluate(here: Site, request: Request) -> Reply:
     def work() -> Arrays:
         network = cohort.network_for(run)
         guard.load_model(network.module, request.model)
-        patients = cohort.load_patients(here, run, run.evaluation.split)
+        patients = _cohort(here, run, run.evaluation.split)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)
         egress.check({"histogram": counts}, {"histogram": (evaluate.shape(run), "<f8")})
         return {"histogram": counts}
 
     released = _release(here, request, run, "histogram", work)
     return Reply(here.name, "failed") if released is None else Reply(here.name, "ok", histogram=released["histogram"])
+
+
+def _cohort(here: Site, run: RunConfig, split: str) -> cohort.Patients:
+    patients = cohort.load_patients(here, run, split)
+    if patients.left_out:
+        _note(here, f"{len(patients.left_out)} images of {split} were left out, first: {patients.left_out[0]}")
+    return patients
 
 
 class Refused(Exception):
@@ -129,12 +135,17 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
 
 
 def _release(here: Site, request: Request, run: RunConfig, what: str, work: Callable[[], Arrays]) -> Arrays | None:
-    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned or failed."""
+    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned."""
     if not run.privacy.enabled:
         return work()
     answer = here.folder / "outbox" / f"{request.run_id}-{request.round}-{what}.safetensors"
-    question = wire.fingerprint({**(request.model or {}), "\0config": np.frombuffer(request.config.encode(), np.uint8)})
-    state = ledger.reserve(here.ledger, request.run_id, request.round, question)
+    state = ledger.reserve(
+        here.ledger,
+        request.run_id,
+        request.round,
+        config_sha=_sha(request.config),
+        input_sha=wire.fingerprint(request.model or {}),
+    )
     if state == "burned" or (state == "answered" and not answer.exists()):
         return None
     if state == "new":
@@ -147,6 +158,10 @@ def _release(here: Site, request: Request, run: RunConfig, what: str, work: Call
     return released
 
 
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _keep_only(answer: Path) -> None:
     """Drops older answers of the outbox: the server has moved on when it asks the next question."""
     answer.parent.mkdir(parents=True, exist_ok=True)
@@ -155,15 +170,11 @@ def _keep_only(answer: Path) -> None:
             old.unlink()
 
 
-def _note(here: Site, error: Exception) -> None:
+def _note(here: Site, text: str) -> None:
     """Writes what went wrong to the site's own log, which never leaves."""
-    line = logging.LogRecord("fedscan.site", logging.ERROR, "", 0, f"{type(error).__name__}: {error}", None, None)
-    line_text = logging.Formatter("%(asctime)s %(message)s").format(line)
-    try:
-        with (here.folder / "site.log").open("a", encoding="utf-8") as file:
-            file.write(line_text + "\n")
-    except OSError:
-        _log.debug("the site's log cannot be written")
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    with contextlib.suppress(OSError), (here.folder / "site.log").open("a", encoding="utf-8") as file:
+        file.write(f"{when} {text}\n")
 
 
 def _open_configured(context: Context) -> Site:

@@ -1,15 +1,20 @@
 """A site's consenting patients for one task, as tensors: each patient's images lie side by side.
 
 Nothing here looks across patients: pixels are scaled by their type's range, features are fixed, and labels are
-checked against the declared set. Shapes: N images, P patients.
+checked against the declared set. An image that cannot be used is left out and noted for the site's own eyes; it must
+not stop a round, because whether a round fails would then tell something about that patient. Shapes: N images, P
+patients.
 """
 
 import csv
 import functools
+import hashlib
+import hmac
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,12 +41,14 @@ class Patients:
         targets: [N] int64, index into the task's labels.
         offsets: [P + 1] int64; patient p owns rows offsets[p] to offsets[p + 1].
         ids: P identifiers, as the site holds them (pseudonyms, or a research table's own).
+        left_out: why images were left out, one text each. For the site's own log only.
     """
 
     inputs: Tensor
     targets: Tensor
     offsets: np.ndarray
     ids: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of patients."""
@@ -90,7 +97,7 @@ def load_patients(site: Site, run: RunConfig, split: str) -> Patients:
     """The site's patients of one split, decoded and turned into inputs once per process.
 
     Raises:
-        DataError: an image or label that cannot be used. Its text may name a file: it stays inside the site.
+        DataError: the cohort as a whole cannot be read. Its text may name a file: it stays inside the site.
     """
     key = json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit])
     return _load(site.folder, site.source.kind, site.source.folder, split, key)
@@ -101,7 +108,16 @@ def forget() -> None:
     _load.cache_clear()
 
 
-def images_of(site_folder: Path, kind: str, folder: Path, size: tuple[int, int], channels: int) -> list[Image]:
+def split_of(key: bytes, patient: str) -> str:
+    """train, val or test (70/10/20) by a keyed hash of the patient: fixed for ever, whoever else is in the cohort."""
+    digest = hmac.new(key, b"fedscan split 1\0" + patient.encode(), hashlib.sha256).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if share < 0.7 else "val" if share < 0.8 else "test"
+
+
+def images_of(
+    site_folder: Path, kind: str, folder: Path, size: tuple[int, int], channels: Literal[1, 3]
+) -> list[Image]:
     """Every image of the site, undecoded where the source allows it."""
     if kind == "table":
         with (site_folder / TABLE).open(newline="", encoding="utf-8") as file:
@@ -124,7 +140,12 @@ def images_of(site_folder: Path, kind: str, folder: Path, size: tuple[int, int],
 
     key = (site_folder / "key").read_bytes()
     return [
-        Image(record.patient, record.label, record.split, functools.partial(np.asarray, record.image))
+        Image(
+            record.patient,
+            record.label,
+            record.split or split_of(key, record.patient),
+            functools.partial(np.asarray, record.image),
+        )
         for record in ingest.load_cohort_records(folder, key)
     ]
 
@@ -136,19 +157,35 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     size = (run.task.image_size[0], run.task.image_size[1])
     images = [i for i in images_of(site_folder, kind, folder, size, run.task.channels) if i.split == split]
     images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
-    targets = torch.tensor([label_index(image.label, run.task.labels) for image in images], dtype=torch.int64)
     network = network_for(run)
-    parts = []
-    for first in range(0, len(images), _FEATURE_BATCH):
-        x_BCHW = torch.from_numpy(np.stack([image.load() for image in images[first : first + _FEATURE_BATCH]]))
+    parts: list[Tensor] = []
+    waiting: list[np.ndarray] = []
+    names: list[str] = []
+    targets: list[int] = []
+    left_out: list[str] = []
+
+    def flush() -> None:
+        x_BCHW = torch.from_numpy(np.stack(waiting))
         with torch.no_grad():
             parts.append(network.features(x_BCHW) if network.features else x_BCHW)
+        waiting.clear()
+
+    for number, image in enumerate(images):
+        try:
+            target, x_CHW = label_index(image.label, run.task.labels), image.load()
+        except DataError as error:
+            left_out.append(str(error))
+            continue
+        names.append(f"{image.patient}/{number}" if unit == "image" else image.patient)
+        targets.append(target)
+        waiting.append(x_CHW)
+        if len(waiting) == _FEATURE_BATCH:
+            flush()
+    if waiting:
+        flush()
     inputs = torch.cat(parts) if parts else torch.zeros(0)
-    if unit == "image":
-        names = [f"{image.patient}/{number}" for number, image in enumerate(images)]
-    else:
-        names = [image.patient for image in images]
     starts = [0] if names else []
     starts += [i for i in range(1, len(names)) if names[i] != names[i - 1]]
     offsets = np.array([*starts, len(names)], dtype=np.int64)
-    return Patients(inputs, targets, offsets, tuple(names[start] for start in starts))
+    ids = tuple(names[start] for start in starts)
+    return Patients(inputs, torch.tensor(targets, dtype=torch.int64), offsets, ids, tuple(left_out))

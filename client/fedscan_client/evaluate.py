@@ -1,9 +1,10 @@
 """Private evaluation: one noisy histogram of the model's scores, by true class.
 
 Guarantee of `noisy_histogram`: the Gaussian mechanism with L2 sensitivity 1 and standard deviation
-plan.evaluation_noise (unit: patient, adjacency: add or remove one). Every patient adds a total weight of 1, spread evenly
-over their images, so their contribution has L1 norm 1, and with it L2 norm at most 1 (K class scores: K blocks of weight 1/sqrt(K)). Bins are declared, never fitted. What the
-server does with it (AUROC, suppression) is post-processing.
+plan.evaluation_noise (unit: patient, adjacency: add or remove one). Every patient adds a total weight of 1, spread
+evenly over their images, so their contribution has L1 norm 1, and with it L2 norm at most 1 (K class scores: K blocks
+of weight 1/sqrt(K)). Bins are declared, never fitted. What the server does with it (AUROC, suppression) is
+post-processing.
 """
 
 import numpy as np

@@ -4,7 +4,8 @@ Unit: the patient. Adjacency: adding or removing one patient. Every price is an 
 
 - `epsilon` composes by privacy loss distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022, through
   `dp_accounting`, pessimistic estimate): tight, some hundredths of a second.
-- `epsilon_so_far` composes by Renyi DP at fixed orders (Mironov et al. 2019): 8 to 24 % above, microseconds, for live views.
+- `epsilon_so_far` composes by Renyi DP at fixed orders (Mironov et al. 2019): 8 to 24 % above, microseconds, for live
+  views.
 
 Assumed: each event's parameters were fixed before the first was run (a sealed plan), the noise is Gaussian, sampling is
 independent per patient. Stopping a plan early costs less than its price and needs no new one.
@@ -14,6 +15,7 @@ independent per patient. Stopping a plan early costs less than its price and nee
 6.9
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +37,8 @@ class PoissonGaussian:
     """Steps that each sample every patient independently, sum clipped gradients, and add Gaussian noise.
 
     Guarantee: one step is the Poisson-subsampled Gaussian mechanism with L2 sensitivity 1 in units of the clipping
-    norm. `sampling_rate` is public, in (0, 1]; `noise_multiplier` is the noise's standard deviation over the clipping norm.
+    norm. `sampling_rate` is public, in (0, 1]; `noise_multiplier` is the noise's standard deviation over the clipping
+    norm.
     """
 
     sampling_rate: float
@@ -117,7 +120,7 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of the Gaussian mechanism with sensitivity mu and unit noise (Balle and Wang 2018, theorem 8), rounded up."""
+    """Epsilon of the Gaussian mechanism, sensitivity mu, unit noise (Balle and Wang 2018, theorem 8), rounded up."""
     from scipy.special import log_ndtr
 
     def log_delta(eps: float) -> float:
@@ -190,12 +193,40 @@ def plan_for(run: RunConfig, patients_declared: int) -> SitePlan:
     if not run.privacy.enabled:
         return SitePlan(patients_declared, delta, math.inf, rate, 0.0, steps, 0.0, unit=run.privacy.unit)
     target = run.privacy.target_epsilon
-    query = _evaluation_noise(target * run.evaluation.budget_share, delta) if run.evaluation.private else 0.0
-    sigma = run.privacy.noise_multiplier or calibrate(
-        lambda noise: SitePlan(patients_declared, delta, 0.0, rate, noise, steps, query).events(), target, delta
-    )
+    if target is None:
+        assert run.privacy.noise_multiplier is not None  # config: one of both
+        sigma = run.privacy.noise_multiplier
+        query = sigma if run.evaluation.private else 0.0
+    else:
+        query = _evaluation_noise(target * run.evaluation.budget_share, delta) if run.evaluation.private else 0.0
+        sigma = calibrate(
+            lambda noise: SitePlan(patients_declared, delta, 0.0, rate, noise, steps, query).events(), target, delta
+        )
     plan = SitePlan(patients_declared, delta, 0.0, rate, sigma, steps, query, unit=run.privacy.unit)
-    return SitePlan(**{**plan.__dict__, "epsilon": epsilon(plan.events(), delta)})
+    return dataclasses.replace(plan, epsilon=epsilon(plan.events(), delta))
+
+
+def plan_fault(run: RunConfig, plan: SitePlan) -> str | None:
+    """What makes a site's plan another one than the run's, or None: the server's check of a claim it publishes.
+
+    Compares with what follows from the run and the declared size, and prices the plan again, without calibrating anew.
+    A site may add more noise than the run asks for; it may not claim less epsilon than its noise costs.
+    """
+    if plan.patients_declared < 1 or not 0 < plan.delta < 1 / plan.patients_declared:
+        return "its declared size or delta is out of range"
+    wanted = run.train.patients_per_step
+    rate = 1.0 if wanted == "all" else min(1.0, wanted / plan.patients_declared)
+    steps = run.train.rounds * run.train.local_steps
+    if (plan.sampling_rate, plan.steps, plan.unit, plan.adjacency) != (rate, steps, run.privacy.unit, ADJACENCY):
+        return "it samples at another rate, takes other steps or protects another unit than the run"
+    if not run.privacy.enabled:
+        return None if plan.noise_multiplier == 0 and plan.epsilon == math.inf else "it claims privacy in a run without"
+    if (plan.evaluation_noise > 0) != run.evaluation.private:
+        return "it answers another number of evaluation queries than the run"
+    if not (plan.noise_multiplier > 0 and epsilon(plan.events(), plan.delta) <= plan.epsilon * (1 + 1e-9)):
+        return "its noise costs more epsilon than it claims"
+    target = run.privacy.target_epsilon
+    return "its epsilon is above the run's target" if target is not None and plan.epsilon > target else None
 
 
 @functools.lru_cache(maxsize=256)

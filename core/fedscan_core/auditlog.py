@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedscan_core.errors import BudgetError
+from fedscan_core.errors import RecordDamaged
 
 START = "0" * 64
 
@@ -23,7 +23,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All records in order, with the chain checked; [] where there is no file.
 
     Raises:
-        BudgetError: a line was edited, removed or inserted.
+        RecordDamaged: a line was edited, removed or inserted.
     """
     return [record for record, _ in _lines(path)]
 
@@ -100,7 +100,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
         except (ValueError, KeyError, AttributeError):
             sound = False
         if not sound:
-            raise BudgetError(
+            raise RecordDamaged(
                 f"{path}: line {number + 1} does not follow from the one before: the record was changed.",
                 remedy="Restore the file from a backup; until then nothing is released.",
             )

@@ -5,7 +5,8 @@
     ├── DataError           images, tables, labels or DICOM that cannot be used as they are
     ├── ConsentError        no usable consent register: nothing may be read
     ├── PrivacyError        the guarantee would be broken or cannot be reached
-    │   ├── BudgetError     the ledger has not enough left, or its record is damaged
+    │   ├── BudgetError     the ledger has not enough left for this run
+    │   ├── RecordDamaged   a ledger or record of releases was changed, or a release was asked for in a wrong way
     │   └── NotPrivate      the model holds a layer that breaks the per-patient guarantee
     ├── FolderError         a run folder that cannot be written, is taken, or is another run's
     ├── WireError           a message between server and site that is malformed or not allowed
@@ -54,7 +55,11 @@ class PrivacyError(FedscanError):
 
 
 class BudgetError(PrivacyError):
-    """The ledger has not enough left, or its record is damaged."""
+    """The ledger has not enough left for this run. Its text holds public values only: a researcher may read it."""
+
+
+class RecordDamaged(PrivacyError):
+    """A ledger or record of releases was changed, or a release was asked for in a wrong way. Stays at the site."""
 
 
 class NotPrivate(PrivacyError):

@@ -13,6 +13,7 @@ load Flower; the functions that make records do.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedscan_core.accounting import SitePlan
+from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import WireError
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def read_request(record: "RecordDict") -> Request:
             f"The server speaks protocol {run['protocol']}, this site {PROTOCOL}.",
             remedy="Install the same fedscan version.",
         )
+    if not re.fullmatch(NAME_PATTERN, run["run_id"]):  # it becomes part of a file's name at the site
+        raise WireError("The run's id is not a plain name.")
     model = _unpack(record, _MODEL) if _MODEL in record else None
     return Request(run["run_id"], run["round"], run["config"], model)
 

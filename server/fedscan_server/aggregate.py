@@ -1,7 +1,7 @@
 """Updates in, next global model out: a running sum over sites, then one small function per strategy.
 
-Everything here is post-processing of what the sites released, with public weights: it costs no privacy. Model arrays are
-dicts of numpy arrays by name; only trainable parameters appear in an update, the others stay as they are.
+Everything here is post-processing of what the sites released, with public weights: it costs no privacy. Model arrays
+are dicts of numpy arrays by name; only trainable parameters appear in an update, the others stay as they are.
 
 - fedavg: McMahan et al. 2017, arXiv 1602.05629 (fedprox is the same at the server)
 - fedavgm: Hsu, Qi, Brown 2019, arXiv 1909.06335
@@ -18,7 +18,7 @@ from fedscan_core.errors import WireError
 from fedscan_core.wire import Arrays
 
 # Updates are summed as whole multiples of 2^-44: whole numbers add up to the same sum in any order of arrival, so a run
-# is bit for bit the same in one process, on Ray and in deployment. Weights add up to 1, so nothing overflows below LIMIT.
+# does not depend on who answers first. Weights add up to 1, so nothing overflows below LIMIT.
 _GRID = 2.0**44
 LIMIT = 2.0**16
 
@@ -65,8 +65,8 @@ def check_update(update: Arrays | None, model: Arrays, trainable: frozenset[str]
     return update
 
 
-# A strategy maps (settings, state, mean update) to (step, new state). State is a flat dict of float64 arrays, so that it
-# is checkpointed as it is; it starts empty.
+# A strategy maps (settings, state, mean update) to (step, new state). State is a flat dict of float64 arrays, so that
+# it is checkpointed as it is; it starts empty.
 State = dict[str, np.ndarray]
 Strategy = Callable[[Aggregation, State, Arrays], tuple[Arrays, State]]
 

@@ -1,6 +1,6 @@
 """The ServerApp: one visible round loop. It never sees an image, a count or a metric of a site, only noisy releases.
 
-    declare -> (send model -> add updates as they arrive -> step -> checkpoint -> record) x rounds -> evaluate -> summary
+    declare -> (send model -> add updates as they come -> step -> checkpoint -> record) x rounds -> evaluate -> summary
 
 Whoever starts a run hands over a `Job`: in simulation `fedscan.simulation` does.
 """
@@ -97,6 +97,7 @@ def run_rounds(grid: Grid, job: Job) -> None:
     needed = min(run.aggregation.min_sites, len(plans))
     request = Request(job.run_id, 0, config.for_sites(run))
     tracking.keep_rounds(job.folder, state.round)
+    metrics: dict[str, Any] = {}
 
     for round_ in range(state.round + 1, run.train.rounds + 1):
         started = time.monotonic()
@@ -140,7 +141,9 @@ def run_rounds(grid: Grid, job: Job) -> None:
             f"No round had {needed} usable updates; the model is the one it started from.",
             remedy="; ".join(sorted(reasons)[:3]) or "Look into the sites' own logs.",
         )
-    _finish(grid, job, state, nodes, plans, records, time.monotonic() - began)
+    if job.judge and not metrics:  # resumed after the last round
+        metrics = job.judge(state.average)
+    _finish(grid, job, state, nodes, plans, records, metrics, time.monotonic() - began)
 
 
 def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
@@ -173,24 +176,34 @@ def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
 
 
 def _declare(grid: Grid, job: Job, done: int) -> tuple[dict[int, str], dict[str, SitePlan]]:
-    """Asks every site for its plan. Sites that refuse, and their reasons, go to the record; the run goes on without them."""
+    """Asks every site for its plan. The run goes on without the sites that refuse, as long as there are enough.
+
+    Raises:
+        ConfigError: too few sites take part; it names the first refusals and their reasons.
+    """
     nodes = {node: str(node) for node in grid.get_node_ids()}
     request = Request(job.run_id, 0, config.for_sites(job.run))
     plans: dict[str, SitePlan] = {}
     names: dict[int, str] = {}
     refused: list[str] = []
     for name, reply, node in _replies(grid, job, "query", request, nodes):
-        if isinstance(reply, Reply) and reply.status == "ok" and reply.plan and reply.site not in plans:
+        if isinstance(reply, str):
+            refused.append(f"node {name}: {reply}")
+        elif reply.status != "ok" or reply.plan is None:
+            refused.append(f"{reply.site}: {reply.reason or 'could not answer'}")
+        elif reply.site in plans:
+            refused.append(f"node {name}: answers as {reply.site}, which another node does already")
+        elif fault := accounting.plan_fault(job.run, reply.plan):
+            refused.append(f"{reply.site}: {fault}")
+        else:
             plans[reply.site] = reply.plan
             names[node] = reply.site
-        elif isinstance(reply, Reply):
-            refused.append(f"{reply.site} {reply.reason or 'could not answer'}")
-        else:
-            refused.append(f"node {name}: {reply}")
         job.watch(Progress("declare", done, job.run.train.rounds, len(plans), len(nodes), notes=tuple(refused[-1:])))
     if len(plans) < min(job.run.aggregation.min_sites, len(nodes)) or not plans:
+        needed = min(job.run.aggregation.min_sites, len(nodes)) or 1
         raise ConfigError(
-            f"{len(plans)} of {len(nodes)} sites take part, {job.run.aggregation.min_sites} are needed. Refused: {'; '.join(sorted(refused)[:5])}."
+            f"{len(plans)} of {len(nodes)} sites take part, {needed} needed. Refused: {'; '.join(sorted(refused)[:5])}",
+            remedy="Ask for what the sites' policies allow.",
         )
     return dict(sorted(names.items(), key=lambda item: item[1])), plans
 
@@ -292,11 +305,11 @@ def _finish(
     nodes: dict[int, str],
     plans: dict[str, SitePlan],
     records: list[dict[str, Any]],
+    metrics: dict[str, Any],
     seconds: float,
 ) -> None:
     """The private evaluation if the run has one, then the released model and the summary."""
     run = job.run
-    metrics: dict[str, Any] = job.judge(state.average) if job.judge else {}
     if run.evaluation.private and run.privacy.enabled:
         histograms: list[np.ndarray] = []
         noise: list[float] = []

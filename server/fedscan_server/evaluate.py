@@ -34,7 +34,7 @@ def private_metrics(histograms: list[np.ndarray], noise: list[float]) -> dict[st
         return {"auroc_private": {"value": None, "status": "withheld", "sites": 0}}
     total = np.sum(histograms, axis=0)
     scale = float(np.sqrt(np.sum(np.square(noise))))
-    classes, _, bins = total.shape
+    bins = total.shape[2]
     clear = bool((total.sum(axis=2) > 3 * scale * np.sqrt(bins)).all())
     value = _mean_auroc(total)
     if value is None or not clear:

@@ -49,7 +49,7 @@ def create(folder: Path) -> None:
 
 
 def add_round(folder: Path, record: dict[str, Any]) -> None:
-    """Appends one round; a line cut off by a crash, and rounds past the last checkpoint, were dropped by `keep_rounds`."""
+    """Appends one round; what a crash left half written, `keep_rounds` dropped before."""
     with (folder / ROUNDS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(_plain(record)) + "\n")
         file.flush()

@@ -112,7 +112,7 @@ def _by_hooks(
         unit_B = torch.repeat_interleave(torch.arange(len(sizes), device=x_B.device), count_U)
         gradients_UP = []
         for parameter in parameters:
-            per_row = parameter.grad_sample
+            per_row = getattr(parameter, "grad_sample", None)
             if not isinstance(per_row, Tensor) or len(per_row) != len(x_B):
                 raise RuntimeError("a parameter has no per-row gradient: the bound would not hold")
             summed_UP = per_row.new_zeros(len(sizes), parameter.numel()).index_add_(0, unit_B, per_row.flatten(1))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fedscan_core import auditlog
 from fedscan_core.accounting import SitePlan
-from fedscan_core.errors import BudgetError
+from fedscan_core.errors import BudgetError, RecordDamaged
 
 Answer = Literal["new", "answered", "burned"]
 _SLACK = 1e-9  # float addition of budgets
@@ -37,45 +37,55 @@ def open_ledger(path: Path, budget: Budget) -> None:
     """Creates the ledger, or checks that the one there has this budget.
 
     Raises:
-        BudgetError: damaged, or opened with another budget (a lifetime budget never changes).
+        RecordDamaged: the chain is broken, or it was opened with another budget (a lifetime budget never changes).
     """
     with auditlog.exclusive(path):
         records = auditlog.read(path)
         if not records:
             auditlog.append(path, {"kind": "open", "gate": "sum", **dataclasses.asdict(budget)})
         elif Budget(records[0]["epsilon"], records[0]["delta"]) != budget:
-            raise BudgetError(
+            raise RecordDamaged(
                 f"{path} was opened with epsilon {records[0]['epsilon']:g}, not {budget.epsilon:g}.",
                 remedy="A lifetime budget never changes; put the old value back.",
             )
 
 
-def admit(path: Path, run_id: str, plan: SitePlan) -> None:
+def admit(path: Path, run_id: str, plan: SitePlan, config_sha: str) -> None:
     """Charges a run's sealed plan to the ledger, once; a second call with the same plan is free.
 
+    Args:
+        path: the ledger.
+        run_id: the run, for ever.
+        plan: what it will do in all.
+        config_sha: digest of the run's whole configuration. It is sealed with the plan: a server that could change
+            it between rounds could take more steps than the plan pays for.
+
     Raises:
-        BudgetError: over budget, or the run was admitted with another plan.
+        BudgetError: over budget, or the run was admitted with another plan or configuration.
     """
     with auditlog.exclusive(path):
         records = auditlog.read(path)
         plans = {record["run_id"]: record["plan"] for record in records if record["kind"] == "plan"}
+        sealed = {record["run_id"]: record["config"] for record in records if record["kind"] == "plan"}
         wanted = dataclasses.asdict(plan)
         if run_id in plans:
-            if plans[run_id] != wanted:
+            if (plans[run_id], sealed[run_id]) != (wanted, config_sha):
                 raise BudgetError(f"Run {run_id} was admitted with another plan.", remedy="Start it under a new name.")
             return
         budget = Budget(records[0]["epsilon"], records[0]["delta"])
-        epsilon = math.fsum([*(p["epsilon"] for p in plans.values()), plan.epsilon])
+        spent = math.fsum(p["epsilon"] for p in plans.values())
+        epsilon = math.fsum([spent, plan.epsilon])
         delta = math.fsum([*(p["delta"] for p in plans.values()), plan.delta])
         if not (epsilon <= budget.epsilon + _SLACK and delta <= budget.delta * (1 + _SLACK)):
             raise BudgetError(
-                f"The run asks for epsilon {plan.epsilon:.3g}; of {budget.epsilon:g}, {budget.epsilon - epsilon + plan.epsilon:.3g} is left.",
+                f"The run asks for epsilon {plan.epsilon:.3g}; of {budget.epsilon:g}, {budget.epsilon - spent:.3g} "
+                f"is left (delta: {plan.delta:g} of {budget.delta:g} in all).",
                 remedy="Ask for a smaller target_epsilon, or ask the site for more.",
             )
-        auditlog.append(path, {"kind": "plan", "run_id": run_id, "plan": wanted})
+        auditlog.append(path, {"kind": "plan", "run_id": run_id, "config": config_sha, "plan": wanted})
 
 
-def reserve(path: Path, run_id: str, round_: int, input_sha: str) -> Answer:
+def reserve(path: Path, run_id: str, round_: int, *, config_sha: str, input_sha: str) -> Answer:
     """Books one release. Only after "new" may noise be drawn.
 
     Returns:
@@ -83,18 +93,21 @@ def reserve(path: Path, run_id: str, round_: int, input_sha: str) -> Answer:
         between reservation and answer, and this round gives nothing.
 
     Raises:
-        BudgetError: no admitted plan, a damaged ledger, or the same round with another input.
+        RecordDamaged: no plan admitted with this configuration, a broken chain, or the same round with another input.
     """
     with auditlog.exclusive(path):
         records = [record for record in auditlog.read(path) if record.get("run_id") == run_id]
-        if not any(record["kind"] == "plan" for record in records):
-            raise BudgetError(f"Run {run_id} has no admitted plan.", remedy="The server must ask for the plan first.")
+        if not any(record["kind"] == "plan" and record["config"] == config_sha for record in records):
+            raise RecordDamaged(
+                f"Run {run_id} has no plan admitted with this configuration.",
+                remedy="The server must ask for the plan first.",
+            )
         mine = [record for record in records if record.get("round") == round_]
         if not mine:
             auditlog.append(path, {"kind": "reserve", "run_id": run_id, "round": round_, "input": input_sha})
             return "new"
         if any(record["kind"] == "reserve" and record["input"] != input_sha for record in mine):
-            raise BudgetError(
+            raise RecordDamaged(
                 f"Round {round_} of run {run_id} was asked before with another model.",
                 remedy="One answer per question.",
             )
