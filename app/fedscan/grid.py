@@ -1,8 +1,9 @@
 """An in-process Grid: hands each message to the ClientApp, one site after another, in this process.
 
-Same contract as Flower's own runtimes: records are copied between server and site (the real ones serialise), a
-ClientApp that raises becomes an error reply, a node keeps its Context over rounds. A pushed message is run when it is
-pulled, one per call, so that the server adds one update before the next one exists.
+Same contract as Flower's own runtimes: records are copied between server and site (the real ones serialise; here the
+bytes of an array, which cannot change, are shared), a ClientApp that raises becomes an error reply, a node keeps its
+Context over rounds. A pushed message is run when it is pulled, one per call, so that the server adds one update before
+the next one exists.
 """
 
 import copy
@@ -74,7 +75,7 @@ class InlineGrid(Grid):
         for message in messages:
             name = f"inline-{next(self._numbers)}"
             message.metadata.__dict__.update(_message_id=name, _run_id=_RUN_ID, _src_node_id=_SERVER)
-            self._pushed[name] = message
+            self._pushed[name] = _copy(message)
             taken.append(name)
         return taken
 
@@ -90,8 +91,15 @@ class InlineGrid(Grid):
         return [reply for name in names for reply in self.pull_messages([name])]
 
     def _call(self, sent: Message) -> Message:
-        message = make_message(metadata=copy.deepcopy(sent.metadata), content=copy.deepcopy(sent.content))
         try:
-            return self._client_app(message, self._contexts[sent.metadata.dst_node_id])
+            reply = self._client_app(sent, self._contexts[sent.metadata.dst_node_id])
         except Exception:  # the text could depend on patients: as in a deployed agent, it stays at the site
-            return Message(Error(code=2, reason="the site's app failed"), reply_to=message)
+            return Message(Error(code=2, reason="the site's app failed"), reply_to=sent)
+        return _copy(reply)
+
+
+def _copy(message: Message) -> Message:
+    metadata = copy.deepcopy(message.metadata)
+    if message.has_error():
+        return make_message(metadata=metadata, error=copy.deepcopy(message.error))
+    return make_message(metadata=metadata, content=copy.deepcopy(message.content))

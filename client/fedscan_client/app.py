@@ -36,21 +36,27 @@ def make_app(open_site: OpenSite) -> ClientApp:
 
     @app.query()
     def declare(message: Message, context: Context) -> Message:
-        return _answer(message, open_site(context), _declare)
+        return _answer(message, open_site, context, _declare)
 
     @app.train()
     def train_(message: Message, context: Context) -> Message:
-        return _answer(message, open_site(context), _train)
+        return _answer(message, open_site, context, _train)
 
     @app.evaluate()
     def evaluate_(message: Message, context: Context) -> Message:
-        return _answer(message, open_site(context), _evaluate)
+        return _answer(message, open_site, context, _evaluate)
 
     return app
 
 
-def _answer(message: Message, here: Site, handle: Callable[[Site, Request], Reply]) -> Message:
+def _answer(
+    message: Message, open_site: OpenSite, context: Context, handle: Callable[[Site, Request], Reply]
+) -> Message:
     """Runs one handler; whatever goes wrong becomes the constant `failed`, and its text stays here."""
+    try:
+        here = open_site(context)
+    except Exception:  # Flower would send the text, which names the site's files; there is no site.log to note it in
+        return Message(wire.reply_record(Reply("unknown", "failed")), reply_to=message)
     try:
         reply = handle(here, wire.read_request(message.content))
     except Exception as error:
@@ -89,7 +95,7 @@ def _train(here: Site, request: Request) -> Reply:
         egress.check(delta, allowed)
         return delta
 
-    update = _release(here, request, run, "update", work)
+    update = _release(here, request, run, plan, "update", work)
     return Reply(here.name, "failed") if update is None else Reply(here.name, "ok", update=update)
 
 
@@ -106,7 +112,7 @@ def _evaluate(here: Site, request: Request) -> Reply:
         egress.check({"histogram": counts}, {"histogram": (evaluate.shape(run), "<f8")})
         return {"histogram": counts}
 
-    released = _release(here, request, run, "histogram", work)
+    released = _release(here, request, run, plan, "histogram", work)
     return Reply(here.name, "failed") if released is None else Reply(here.name, "ok", histogram=released["histogram"])
 
 
@@ -134,7 +140,9 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     return run, plan
 
 
-def _release(here: Site, request: Request, run: RunConfig, what: str, work: Callable[[], Arrays]) -> Arrays | None:
+def _release(
+    here: Site, request: Request, run: RunConfig, plan: SitePlan, what: str, work: Callable[[], Arrays]
+) -> Arrays | None:
     """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned."""
     if not run.privacy.enabled:
         return work()
@@ -143,6 +151,7 @@ def _release(here: Site, request: Request, run: RunConfig, what: str, work: Call
         here.ledger,
         request.run_id,
         request.round,
+        plan=plan,
         config_sha=_sha(request.config),
         input_sha=wire.fingerprint(request.model or {}),
     )

@@ -83,7 +83,7 @@ def label_index(text: str, labels: Sequence[str]) -> int:
         return list(labels).index(text)
     try:
         number = int(float(text))
-    except ValueError:
+    except (ValueError, OverflowError):  # "inf" overflows
         number = -1
     if not (0 <= number < len(labels) and float(number) == float(text)):
         raise DataError(
@@ -126,13 +126,7 @@ def images_of(
                     row["patient_id"],
                     row["label"],
                     row["split"],
-                    functools.partial(
-                        pixels.load_image,
-                        folder / row["file"],
-                        int(row["index"]) if row["index"] else None,
-                        size=size,
-                        channels=channels,
-                    ),
+                    functools.partial(_row_image, folder / row["file"], row["index"], size=size, channels=channels),
                 )
                 for row in csv.DictReader(file)
             ]
@@ -148,6 +142,15 @@ def images_of(
         )
         for record in ingest.load_cohort_records(folder, key)
     ]
+
+
+def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Literal[1, 3]) -> np.ndarray:
+    """The image of one row of the table; an index that is no number spoils this image only."""
+    try:
+        number = int(index) if index else None
+    except ValueError:
+        raise DataError(f"{path.name}: the index '{index}' is no number.", remedy="Correct the table.") from None
+    return pixels.load_image(path, number, size=size, channels=channels)
 
 
 @functools.lru_cache(maxsize=4096)

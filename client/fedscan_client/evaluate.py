@@ -26,10 +26,15 @@ def shape(run: RunConfig) -> tuple[int, int, int]:
 
 
 def predict(module: nn.Module, patients: Patients) -> Tensor:
-    """Scores [N, K] in evaluation mode, K = `tasks.outputs` columns (binary: the positive class's)."""
+    """Scores [N, K] in evaluation mode, K = `tasks.outputs` columns (binary: the positive class's).
+
+    Each patient's rows go through the network by themselves. In a common batch the rounding of one patient's score
+    depends on who else is in it, and a model made for it would move everybody across a bin's edge.
+    """
     module.eval()
+    own = patients.inputs.split(np.diff(patients.offsets).tolist()) if len(patients) else ()
     with torch.no_grad():
-        parts = [tasks.scores(module(x)) for x in patients.inputs.split(_BATCH)] if len(patients) else []
+        parts = [tasks.scores(module(x.clone())) for rows in own for x in rows.split(_BATCH)]
     if not parts:
         return torch.zeros(0, 1)
     scores = torch.cat(parts)

@@ -12,7 +12,7 @@ independent per patient. Stopping a plan early costs less than its price and nee
 
 >>> plan = (PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.0, steps=100),)
 >>> round(epsilon(plan, delta=1e-5), 1)
-6.9
+7.0
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from fedscan_core.errors import PrivacyError
 
 UNIT = "patient"
 ADJACENCY = "add_or_remove_one"
-_INTERVAL = 1e-3  # PLD grid: within 0.001 of 1e-4 in research/dp.md section 3, ten times faster
+_INTERVAL = 1e-3  # PLD grid where sigma >= 0.7: within 0.001 of 1e-4 in research/dp.md section 3, ten times faster
+_MIN_NOISE = 0.01  # below this a price is inf: beyond any use, and its grid would not fit into memory
 _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 192, 256, 512)
 
 
@@ -84,7 +85,7 @@ class SitePlan:
 
 
 def epsilon(events: Sequence[Event], delta: float) -> float:
-    """Epsilon of the composition at `delta`, by PLD. 0 for no events; inf where the noise is 0.
+    """Epsilon of the composition at `delta`, by PLD. 0 for no events; inf where a noise is below 0.01.
 
     Raises:
         PrivacyError: an event with parameters out of range.
@@ -98,7 +99,7 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
         return 0.0
     for event in events:
         _check(event)
-    if any(event.noise_multiplier == 0 for event in events):
+    if any(event.noise_multiplier < _MIN_NOISE for event in events):
         return math.inf
     if all(isinstance(event, GaussianQuery) or event.sampling_rate == 1.0 for event in events):
         # Without sampling the whole is one Gaussian mechanism: exact, no grid.
@@ -109,7 +110,9 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     import dp_accounting
     from dp_accounting import pld
 
-    accountant = pld.PLDAccountant(value_discretization_interval=_INTERVAL)
+    # One step's loss is about 1 / (2 sigma^2): where that is large the grid is as much coarser. Still an upper bound.
+    widest = max(1.0, *(0.5 / event.noise_multiplier**2 for event in events))
+    accountant = pld.PLDAccountant(value_discretization_interval=_INTERVAL * widest)
     for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         if isinstance(event, GaussianQuery):
@@ -125,7 +128,8 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 
     def log_delta(eps: float) -> float:
         first, second = float(log_ndtr(mu / 2 - eps / mu)), eps + float(log_ndtr(-mu / 2 - eps / mu))
-        return first + math.log1p(-math.exp(min(second - first, -1e-300)))
+        # Where the two cancel to nothing, the first alone is an upper bound.
+        return first + math.log1p(-math.exp(second - first)) if second - first < -1e-12 else first
 
     low, high = 0.0, 1.0
     while log_delta(high) > math.log(delta):
@@ -181,14 +185,13 @@ def plan_for(run: RunConfig, patients_declared: int) -> SitePlan:
     """
     if patients_declared < 1:
         raise PrivacyError(f"A declared cohort of {patients_declared} patients.", remedy="Declare at least 1 patient.")
-    delta = min(1e-5, 1 / (10 * patients_declared)) if run.privacy.delta == "auto" else run.privacy.delta
+    delta = _delta(run, patients_declared)
     if delta >= 1 / patients_declared:
         raise PrivacyError(
             f"delta {delta:g} is not below 1/{patients_declared}: it would allow giving one patient away whole.",
             remedy='Set privacy.delta = "auto".',
         )
-    wanted = run.train.patients_per_step
-    rate = 1.0 if wanted == "all" else min(1.0, wanted / patients_declared)
+    rate = _rate(run, patients_declared)
     steps = run.train.rounds * run.train.local_steps
     if not run.privacy.enabled:
         return SitePlan(patients_declared, delta, math.inf, rate, 0.0, steps, 0.0, unit=run.privacy.unit)
@@ -214,19 +217,34 @@ def plan_fault(run: RunConfig, plan: SitePlan) -> str | None:
     """
     if plan.patients_declared < 1 or not 0 < plan.delta < 1 / plan.patients_declared:
         return "its declared size or delta is out of range"
-    wanted = run.train.patients_per_step
-    rate = 1.0 if wanted == "all" else min(1.0, wanted / plan.patients_declared)
+    if plan.delta > _delta(run, plan.patients_declared):
+        return "its delta is above the run's"
+    rate = _rate(run, plan.patients_declared)
     steps = run.train.rounds * run.train.local_steps
     if (plan.sampling_rate, plan.steps, plan.unit, plan.adjacency) != (rate, steps, run.privacy.unit, ADJACENCY):
         return "it samples at another rate, takes other steps or protects another unit than the run"
     if not run.privacy.enabled:
         return None if plan.noise_multiplier == 0 and plan.epsilon == math.inf else "it claims privacy in a run without"
+    if not all(0 <= noise < math.inf for noise in (plan.noise_multiplier, plan.evaluation_noise)):
+        return "its noise is out of range"
     if (plan.evaluation_noise > 0) != run.evaluation.private:
         return "it answers another number of evaluation queries than the run"
+    least = run.privacy.noise_multiplier or 0.0
+    if plan.noise_multiplier < least or 0 < plan.evaluation_noise < least:
+        return "it adds less noise than the run"
     if not (plan.noise_multiplier > 0 and epsilon(plan.events(), plan.delta) <= plan.epsilon * (1 + 1e-9)):
         return "its noise costs more epsilon than it claims"
     target = run.privacy.target_epsilon
     return "its epsilon is above the run's target" if target is not None and plan.epsilon > target else None
+
+
+def _delta(run: RunConfig, patients_declared: int) -> float:
+    return min(1e-5, 1 / (10 * patients_declared)) if run.privacy.delta == "auto" else run.privacy.delta
+
+
+def _rate(run: RunConfig, patients_declared: int) -> float:
+    wanted = run.train.patients_per_step
+    return 1.0 if wanted == "all" else min(1.0, wanted / patients_declared)
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,7 +266,8 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
     remedy = "Plan fewer steps (train.rounds, train.local_steps), fewer patients per step, or a larger target_epsilon."
 
     def price(log_noise: float) -> float:
-        return math.log(epsilon(events(math.exp(log_noise)), delta)) - math.log(target)
+        cost = epsilon(events(math.exp(log_noise)), delta)  # 0 where delta alone covers it
+        return math.log(max(cost, 1e-6 * target)) - math.log(target)
 
     low, high = math.log(0.02), math.log(MAX_NOISE_MULTIPLIER)
     at_high = price(high)
@@ -287,5 +306,7 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
 def _check(event: Event) -> None:
     if not event.noise_multiplier >= 0 or not math.isfinite(event.noise_multiplier):
         raise PrivacyError(f"A noise multiplier of {event.noise_multiplier}.", remedy="It must be 0 or above.")
+    if isinstance(event, GaussianQuery) and event.count < 1:
+        raise PrivacyError(f"{event} is out of range.", remedy="The count starts from 1.")
     if isinstance(event, PoissonGaussian) and not (0 < event.sampling_rate <= 1 and event.steps >= 1):
         raise PrivacyError(f"{event} is out of range.", remedy="The rate lies in (0, 1], steps from 1.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedscan_core.errors import RecordDamaged
+from fedscan_core.files import sync_folder
 
 START = "0" * 64
 
@@ -47,14 +48,17 @@ def append(path: Path, record: dict[str, Any]) -> str:
     """Adds one record and returns the new head, after the line is on disk (fsync).
 
     Looks at the last line only; `read` checks the whole chain. The caller holds `exclusive(path)` when another
-    process may write too.
+    process may write too. The names `seq` and `prev` are the chain's own.
+
+    Raises:
+        RecordDamaged: the last line is no record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         last, whole = _last_line(descriptor)
-        seq, before = (0, START) if last is None else (json.loads(last)["seq"] + 1, _digest(last))
-        text = json.dumps({"seq": seq, "prev": before, **record}, sort_keys=True, separators=(",", ":")).encode()
+        seq, before = (0, START) if last is None else (_seq(path, last) + 1, _digest(last))
+        text = json.dumps({**record, "seq": seq, "prev": before}, sort_keys=True, separators=(",", ":")).encode()
         os.ftruncate(descriptor, whole)  # drops a torn last line
         os.lseek(descriptor, 0, os.SEEK_END)
         view = memoryview(text + b"\n")
@@ -63,7 +67,16 @@ def append(path: Path, record: dict[str, Any]) -> str:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    if last is None:  # the file may be new: its name must be on disk too
+        sync_folder(path.parent)
     return _digest(text)
+
+
+def _seq(path: Path, line: bytes) -> int:
+    try:
+        return int(json.loads(line)["seq"])
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(path, "the last line") from None
 
 
 def _last_line(descriptor: int) -> tuple[bytes | None, int]:
@@ -100,13 +113,17 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
         except (ValueError, KeyError, AttributeError):
             sound = False
         if not sound:
-            raise RecordDamaged(
-                f"{path}: line {number + 1} does not follow from the one before: the record was changed.",
-                remedy="Restore the file from a backup; until then nothing is released.",
-            )
+            raise _damaged(path, f"line {number + 1}")
         before = _digest(line)
         result.append((record, before))
     return result
+
+
+def _damaged(path: Path, where: str) -> RecordDamaged:
+    return RecordDamaged(
+        f"{path}: {where} does not follow from the one before: the record was changed.",
+        remedy="Restore the file from a backup; until then nothing is released.",
+    )
 
 
 def _digest(line: bytes) -> str:

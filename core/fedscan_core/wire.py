@@ -13,6 +13,7 @@ load Flower; the functions that make records do.
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +120,10 @@ def read_reply(record: "RecordDict") -> Reply:
         plan = SitePlan(**_config(record, _PLAN, fields))
     histogram = None
     if _HISTOGRAM in record:
-        histogram = _unpack(record, _HISTOGRAM).get(_HISTOGRAM)
+        arrays = _unpack(record, _HISTOGRAM)
+        if set(arrays) != {_HISTOGRAM}:
+            raise WireError(f"Record '{_HISTOGRAM}' holds other arrays than the histogram.")
+        histogram = arrays[_HISTOGRAM]
     update = _unpack(record, _UPDATE) if _UPDATE in record else None
     return Reply(status["site"], status["status"], status["reason"], plan, update, histogram)
 
@@ -128,9 +132,9 @@ def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, types, shapes and bytes, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+        array = np.asarray(arrays[name], order="C")
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())  # ends by itself: no two readings
+        digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
     return digest.hexdigest()
 
 
@@ -142,14 +146,17 @@ def nbytes(arrays: Mapping[str, np.ndarray]) -> int:
 def _pack(arrays: Mapping[str, np.ndarray]) -> Any:
     from flwr.app import Array, ArrayRecord
 
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def _unpack(record: "RecordDict", key: str) -> Arrays:
     arrays = record.array_records.get(key)
     if arrays is None:
         raise WireError(f"Record '{key}' is not an array record.")
-    return {name: array.numpy() for name, array in arrays.items()}
+    try:
+        return {name: array.numpy() for name, array in arrays.items()}
+    except Exception:  # whatever np.load says of bytes that the other side made up
+        raise WireError(f"Record '{key}' holds something that is not a plain array.") from None
 
 
 def _only(record: "RecordDict", allowed: set[str]) -> None:

@@ -10,6 +10,7 @@ are dicts of numpy arrays by name; only trainable parameters appear in an update
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class RunningSum:
     """The weighted sum of the updates so far; memory does not grow with the number of sites."""
 
     total: dict[str, np.ndarray] = field(default_factory=dict)
-    weight: float = 0.0
+    weight: Fraction = Fraction(0)  # exact: a float sum would depend on the order
     sites: int = 0
 
     def add(self, update: Arrays, weight: float) -> None:
@@ -39,12 +40,12 @@ class RunningSum:
                 self.total[name] += term
             else:
                 self.total[name] = term
-        self.weight += weight
+        self.weight += Fraction(weight)
         self.sites += 1
 
     def mean(self) -> Arrays:
         """The weighted mean over the sites that were added, float64."""
-        return {name: total / (_GRID * self.weight) for name, total in self.total.items()}
+        return {name: total / (_GRID * float(self.weight)) for name, total in self.total.items()}
 
 
 def check_update(update: Arrays | None, model: Arrays, trainable: frozenset[str]) -> Arrays:
@@ -129,7 +130,7 @@ def averaged(average: Arrays, model: Arrays, *, ema: float, tail_share: float, r
     """The model to release after a round: the running or tail average of the global models, or the last one.
 
     Args:
-        average: what this function returned after the round before (any value before round 1).
+        average: what this function returned after the round before; before round 1 the start model.
         model: this round's global model.
         ema: decay of the running average; early on it is min(ema, (1 + t) / (10 + t)), so that the start is forgotten.
         tail_share: share of the rounds, at the end, whose plain mean is released.

@@ -113,11 +113,10 @@ def run_rounds(grid: Grid, job: Job) -> None:
             low, high = _spent(run, plans, (round_ - 1) * run.train.local_steps)
             job.watch(Progress("round", round_, run.train.rounds, total.sites + len(notes), len(nodes), low, high))
         void = total.sites < needed
-        state = _step(run, state, total, round_) if not void else _void(state, round_)
+        state = _step(run, state, None if void else total, round_)
         low, high = _spent(run, plans, round_ * run.train.local_steps)
         metrics = _judge(job, state, round_)
-        checkpoint.write(job.folder, state, sha)
-        tracking.add_round(
+        tracking.add_round(  # before the checkpoint: a crash between the two does the round again and loses no line
             job.folder,
             {
                 "round": round_,
@@ -132,6 +131,7 @@ def run_rounds(grid: Grid, job: Job) -> None:
                 **({"metrics": metrics} if metrics else {}),
             },
         )
+        checkpoint.write(job.folder, state, sha)
         job.watch(Progress("round", round_, run.train.rounds, len(nodes), len(nodes), low, high, metrics, tuple(notes)))
 
     records = tracking.read_rounds(job.folder)
@@ -265,9 +265,12 @@ def _usable(reply: Reply | str, model: Arrays, trainable: frozenset[str]) -> Arr
     return aggregate.check_update(reply.update, model, trainable)
 
 
-def _step(run: RunConfig, state: Checkpoint, total: aggregate.RunningSum, round_: int) -> Checkpoint:
-    step, optimizer = aggregate.STRATEGIES[run.aggregation.strategy](run.aggregation, state.optimizer, total.mean())
-    model = aggregate.apply_step(run.aggregation, state.model, step)
+def _step(run: RunConfig, state: Checkpoint, total: aggregate.RunningSum | None, round_: int) -> Checkpoint:
+    """The state after a round; after a void one (None) the model stays, and counts once more in the average."""
+    model, optimizer = state.model, state.optimizer
+    if total is not None:
+        step, optimizer = aggregate.STRATEGIES[run.aggregation.strategy](run.aggregation, optimizer, total.mean())
+        model = aggregate.apply_step(run.aggregation, model, step)
     average = aggregate.averaged(
         state.average,
         model,
@@ -277,10 +280,6 @@ def _step(run: RunConfig, state: Checkpoint, total: aggregate.RunningSum, round_
         rounds=run.train.rounds,
     )
     return Checkpoint(round_, model, average, optimizer)
-
-
-def _void(state: Checkpoint, round_: int) -> Checkpoint:
-    return Checkpoint(round_, state.model, state.average, state.optimizer)
 
 
 def _judge(job: Job, state: Checkpoint, round_: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The server's state after a round, written so that a crash leaves the last whole one. No pickle.
 
-checkpoints/round-00012.safetensors    model/NAME, average/NAME, optimizer/NAME; metadata: round, config_sha256
+checkpoints/round-000012.safetensors    model/NAME, average/NAME, optimizer/NAME; metadata: round, config_sha256
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Checkpoint:
 def write(run_folder: Path, state: Checkpoint, config_sha256: str) -> None:
     """Writes the state and drops all but the last KEEP checkpoints."""
     parts = {"model": state.model, "average": state.average, "optimizer": state.optimizer}
-    arrays = {f"{part}/{n}": np.ascontiguousarray(a) for part, all_ in parts.items() for n, a in all_.items()}
-    path = run_folder / FOLDER / f"round-{state.round:05d}.safetensors"
+    arrays = {f"{part}/{n}": np.asarray(a, order="C") for part, all_ in parts.items() for n, a in all_.items()}
+    path = run_folder / FOLDER / f"round-{state.round:06d}.safetensors"
     write_atomic(path, save(arrays, metadata={"round": str(state.round), "config_sha256": config_sha256}))
     for old in sorted(path.parent.glob("round-*.safetensors"))[:-KEEP]:
         old.unlink()

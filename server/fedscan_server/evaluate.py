@@ -11,12 +11,15 @@ from fedscan_core.config import RunConfig
 from fedscan_models import tasks
 
 _DRAWS = 200
+_LIMIT = 2.0**40  # more patients than there are
 
 
 def fits(run: RunConfig, histogram: np.ndarray | None) -> bool:
-    """Whether a reply's histogram has the declared shape and is finite."""
+    """Whether a reply's histogram has the declared shape and type, is finite and within bounds."""
     shape = (tasks.outputs(run.task.labels), 2, run.evaluation.bins)
-    return histogram is not None and histogram.shape == shape and bool(np.isfinite(histogram).all())
+    if histogram is None or histogram.shape != shape or histogram.dtype != np.float64:
+        return False
+    return bool((np.abs(histogram) < _LIMIT).all())  # false for NaN
 
 
 def private_metrics(histograms: list[np.ndarray], noise: list[float]) -> dict[str, Any]:

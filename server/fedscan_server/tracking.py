@@ -80,6 +80,19 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_atomic(folder / SUMMARY, (json.dumps(_plain(summary), indent=2) + "\n").encode())
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Reads summary.json.
+
+    Raises:
+        FolderError: it is not there or damaged.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise FolderError(f"{folder / SUMMARY} cannot be read.", remedy="Was the run finished?") from None
+    return summary
+
+
 def write_model(folder: Path, model: Arrays, about: dict[str, str]) -> None:
     """Writes the released model."""
     write_atomic(folder / MODEL, save(model, metadata=about))

@@ -6,6 +6,10 @@ and of the sum, the dependence of the forward pass on the batch it is computed i
 (`dp.noise`). A unit whose gradient is not finite contributes zero. A unit is never split between chunks, so chunking
 for memory changes nothing.
 
+The margin is measured for networks as they are trained. The server picks the weights, and weights whose logits cancel
+down to their own rounding make every row's gradient depend on the size of the batch it is computed in. Engine "loop"
+computes each unit by itself and holds for any weights; "opacus" does not (tests/client/dp/test_engine.py).
+
 Assumed: no layer mixes the rows of a batch (`fedscan_models.dp_ready` refuses those that do).
 
 Legend: B rows (images and their views), U units (patients), P entries of one parameter.
@@ -66,7 +70,8 @@ def clipped_sum(
         factor_U = _factors(gradients_UP, clip)
         for total, gradient_UP in zip(sums, gradients_UP, strict=True):
             finite_UP = torch.where(factor_U.view(-1, 1) > 0, gradient_UP, 0.0)
-            total += (factor_U.to(gradient_UP.dtype) @ finite_UP).double().view_as(total)
+            # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
+            total += (factor_U @ finite_UP.double()).view_as(total)
     return sums
 
 
@@ -103,6 +108,9 @@ def _by_hooks(
     Convolutions with a padding mode other than zeros go through functorch: the hooks' sampler ignores the mode.
     """
     padded = any(getattr(layer, "padding_mode", "zeros") != "zeros" for layer in module.modules())
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     sampler = GradSampleModule(module, loss_reduction="sum", strict=False, force_functorch=padded)
     try:
         with warnings.catch_warnings():  # torch remarks that pixels need no gradient: true, and as it should be
@@ -120,10 +128,11 @@ def _by_hooks(
         return gradients_UP
     finally:
         sampler.to_standard_module()
-        for parameter in parameters:
-            parameter.grad = None
-            if hasattr(parameter, "grad_sample"):
-                del parameter.grad_sample
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        for thing in (*module.modules(), *parameters):  # Opacus keeps activations and more where a pass did not end
+            for name in ("activations", "max_batch_len", "grad_sample", "_current_grad_sample", "_forward_counter"):
+                vars(thing).pop(name, None)
 
 
 def _by_loop(
@@ -133,7 +142,8 @@ def _by_loop(
     rows: list[list[Tensor]] = []
     first = 0
     for size in sizes:
-        loss = loss_rows(module(x_B[first : first + size]), y_B[first : first + size]).mean()
+        own = x_B[first : first + size].clone()  # a slice's place in memory can choose another kernel
+        loss = loss_rows(module(own), y_B[first : first + size]).mean()
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         rows.append([part.reshape(-1) for part in gradient])
         first += size

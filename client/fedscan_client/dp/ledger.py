@@ -85,7 +85,7 @@ def admit(path: Path, run_id: str, plan: SitePlan, config_sha: str) -> None:
         auditlog.append(path, {"kind": "plan", "run_id": run_id, "config": config_sha, "plan": wanted})
 
 
-def reserve(path: Path, run_id: str, round_: int, *, config_sha: str, input_sha: str) -> Answer:
+def reserve(path: Path, run_id: str, round_: int, *, plan: SitePlan, config_sha: str, input_sha: str) -> Answer:
     """Books one release. Only after "new" may noise be drawn.
 
     Returns:
@@ -93,13 +93,16 @@ def reserve(path: Path, run_id: str, round_: int, *, config_sha: str, input_sha:
         between reservation and answer, and this round gives nothing.
 
     Raises:
-        RecordDamaged: no plan admitted with this configuration, a broken chain, or the same round with another input.
+        RecordDamaged: the run was not admitted with this plan and this configuration, a broken chain, or the same round
+            with another input. (A declared size or an accountant that changed meanwhile makes another plan, with less
+            noise perhaps than was paid for.)
     """
     with auditlog.exclusive(path):
         records = [record for record in auditlog.read(path) if record.get("run_id") == run_id]
-        if not any(record["kind"] == "plan" and record["config"] == config_sha for record in records):
+        sealed = {"kind": "plan", "run_id": run_id, "config": config_sha, "plan": dataclasses.asdict(plan)}
+        if sealed not in records:
             raise RecordDamaged(
-                f"Run {run_id} has no plan admitted with this configuration.",
+                f"Run {run_id} was not admitted with this plan and this configuration.",
                 remedy="The server must ask for the plan first.",
             )
         mine = [record for record in records if record.get("round") == round_]

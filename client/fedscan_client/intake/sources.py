@@ -143,19 +143,23 @@ def parse_rows(
     return rows
 
 
-def read_table(path: Path) -> list[TableRow]:
+def read_table(path: Path, label_column: str = "label") -> list[TableRow]:
     """Reads and checks a research table: a CSV whose `file` column points to images beside it.
 
     Needed columns: file, patient_id, label. Optional: index (row of an npz), site, split, sex, age;
     any other column is kept as text.
 
+    Args:
+        path: the CSV.
+        label_column: which column holds the label.
+
     Raises:
         DataError: naming the first thing wrong with the table or the files it names.
     """
-    rows = parse_rows(read_text(path), path.name, _KNOWN[:3])
+    rows = parse_rows(read_text(path), path.name, (*_KNOWN[:2], label_column))
     if not rows:
         raise DataError(f"{path.name} has no rows.", remedy="Add one row for each image.")
-    table = [_row(path.name, line, row) for line, row in rows]
+    table = [_row(path.name, line, {**row, "label": row[label_column]}) for line, row in rows]
     _check_files(path, table)
     _check_rows(path.name, table)
     return table

@@ -1,0 +1,288 @@
+"""Prices against closed forms and plain numerical integrals, and what a plan may and may not claim."""
+
+import dataclasses
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from fedscan_core import accounting
+from fedscan_core.accounting import (
+    GaussianQuery,
+    PoissonGaussian,
+    SitePlan,
+    calibrate,
+    epsilon,
+    epsilon_so_far,
+    plan_fault,
+    plan_for,
+)
+from fedscan_core.config import RunConfig
+from fedscan_core.errors import PrivacyError
+
+DELTA = 1e-5
+KNOWN = PoissonGaussian(0.1, 1.0, 100)
+
+
+def run_config(**sections):
+    """A run of 20 rounds; patients_per_step 64."""
+    return RunConfig.model_validate({"train": {"rounds": 20} | sections.pop("train", {}), **sections})
+
+
+def slow_epsilon(q: float, sigma: float, steps: int, delta: float, grid: float = 1e-3) -> float:
+    """The privacy loss of one step on a fine grid, convolved with itself, in both directions of add or remove."""
+    size = 2**17
+    x = np.linspace(-12 * sigma, 12 * sigma + 1, 400_001)
+    without, with_it = norm.pdf(x, 0, sigma), (1 - q) * norm.pdf(x, 0, sigma) + q * norm.pdf(x, 1, sigma)
+    worst = 0.0
+    for above, below in ((with_it, without), (without, with_it)):
+        cell = np.rint((np.log(above) - np.log(below)) / grid).astype(int) % size
+        mass = np.bincount(cell, weights=above * (x[1] - x[0]), minlength=size)
+        total = np.fft.irfft(np.fft.rfft(mass) ** steps, n=size)
+        loss = np.where(np.arange(size) < size // 2, np.arange(size), np.arange(size) - size) * grid
+        low, high = 0.0, 60.0
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            over = loss > middle
+            spent = float((total[over] * -np.expm1(middle - loss[over])).sum())
+            low, high = (middle, high) if spent > delta else (low, middle)
+        worst = max(worst, high)
+    return worst
+
+
+def gaussian_delta(eps: float, mu: float) -> float:
+    """Balle and Wang 2018, theorem 8."""
+    return float(norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu))
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.1, 1.0, 100), (0.02, 0.7, 300), (0.5, 3.0, 50)])
+def test_pld_is_the_plain_integral(q, sigma, steps):
+    plain = slow_epsilon(q, sigma, steps, DELTA)
+    assert epsilon([PoissonGaussian(q, sigma, steps)], DELTA) == pytest.approx(plain, abs=5e-3)
+
+
+def test_add_or_remove_and_not_replace():
+    """Replacing costs much more; a price of it, or of half the noise, would not be this one."""
+    replace = pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-2)
+    replace.compose(dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0)), 100)
+    price = epsilon([KNOWN], DELTA)
+    assert round(price, 1) == 7.0
+    assert replace.get_epsilon(DELTA) > 1.4 * price
+
+
+@given(sigma=st.floats(1, 50), steps=st.integers(1, 200), delta=st.sampled_from([1e-3, 1e-5, 1e-8]))
+def test_without_sampling_it_is_the_exact_gaussian(sigma, steps, delta):
+    mu = math.sqrt(steps) / sigma
+    price = epsilon([PoissonGaussian(1.0, sigma, steps)], delta)
+    assert gaussian_delta(price, mu) <= delta * (1 + 1e-6)
+    assert price < 1e-9 or gaussian_delta(price * (1 - 1e-4), mu) > delta
+    assert epsilon([GaussianQuery(sigma, steps)], delta) == price
+
+
+def test_the_exact_gaussian_meets_the_grid():
+    almost = epsilon([PoissonGaussian(1 - 1e-9, 2.0, 9)], DELTA)
+    assert epsilon([PoissonGaussian(1.0, 2.0, 9)], DELTA) == pytest.approx(almost, rel=1e-3)
+
+
+def test_composition_adds_up_whatever_the_order():
+    query = GaussianQuery(4.0)
+    both = epsilon([KNOWN, query], DELTA)
+    assert both == pytest.approx(epsilon([query, KNOWN], DELTA), rel=1e-6)
+    assert max(epsilon([KNOWN], DELTA), epsilon([query], DELTA)) < both
+    assert both < epsilon([KNOWN], DELTA / 2) + epsilon([query], DELTA / 2)
+    halves = [PoissonGaussian(0.1, 1.0, 50)] * 2
+    assert epsilon(halves, DELTA) == pytest.approx(epsilon([KNOWN], DELTA), abs=1e-3)
+
+
+def test_edges():
+    assert epsilon([], DELTA) == 0.0
+    assert epsilon([KNOWN, GaussianQuery(0.0)], DELTA) == math.inf
+    assert epsilon([PoissonGaussian(0.1, 1e-200, 1)], DELTA) == math.inf
+    assert 0 <= epsilon([GaussianQuery(1e9)], DELTA) < 1e-4
+    # A grid for the loss of tiny noise must fit into memory; the coarser one stays an upper bound near the truth.
+    sigma = 0.05
+    whole = epsilon([PoissonGaussian(1.0, sigma, 30)], DELTA)
+    assert whole < epsilon([PoissonGaussian(1 - 1e-9, sigma, 30)], DELTA) < 1.001 * whole
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        PoissonGaussian(0.0, 1.0, 1),
+        PoissonGaussian(1.1, 1.0, 1),
+        PoissonGaussian(0.1, 1.0, 0),
+        PoissonGaussian(0.1, -1.0, 1),
+        PoissonGaussian(0.1, math.nan, 1),
+        PoissonGaussian(math.nan, 1.0, 1),
+        GaussianQuery(math.inf),
+        GaussianQuery(1.0, 0),
+    ],
+)
+def test_events_out_of_range_have_no_price(event):
+    with pytest.raises(PrivacyError):
+        epsilon([event], DELTA)
+
+
+@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.3, 2.5), (1.0, 4.0)])
+def test_renyi_orders_are_the_plain_integral(q, sigma):
+    x = np.linspace(-60, 90, 2_000_001)
+    without = norm.logpdf(x, 0, sigma)
+    with_it = np.logaddexp(norm.logpdf(x, 1, sigma) + math.log(q), without + (math.log1p(-q) if q < 1 else -np.inf))
+    values = dict(zip(accounting._ORDERS, accounting._rdp_step(q, sigma), strict=True))
+    for order in (2, 3, 10):
+        integral = np.exp(order * with_it + (1 - order) * without).sum() * (x[1] - x[0])
+        assert values[order] == pytest.approx(math.log(integral) / (order - 1), rel=1e-6)
+
+
+@settings(max_examples=25)
+@given(
+    q=st.sampled_from([0.003, 0.05, 0.3, 1.0]),
+    sigma=st.floats(0.6, 5),
+    steps=st.integers(1, 400),
+    share=st.floats(0.01, 1),
+)
+def test_spent_so_far_is_an_upper_bound_and_never_above_the_plan(q, sigma, steps, share):
+    plan = SitePlan(1000, DELTA, math.inf, q, sigma, steps, 0.0)
+    done = math.ceil(share * steps)
+    price = epsilon(plan.events(done), DELTA)
+    assert epsilon_so_far(plan, done) >= price
+    sealed = dataclasses.replace(plan, epsilon=epsilon(plan.events(), DELTA))
+    shown = [epsilon_so_far(sealed, n) for n in (0, max(1, done // 2), done, steps)]
+    assert shown[0] == 0 and shown == sorted(shown)
+    assert price <= shown[2] + 1e-9 and shown[3] <= sealed.epsilon
+
+
+def test_the_live_bound_is_not_far_off():
+    plan = SitePlan(1000, DELTA, math.inf, 0.1, 1.0, 100, 0.0)
+    assert 1.05 < epsilon_so_far(plan, 100) / epsilon(plan.events(), DELTA) < 1.25
+
+
+@pytest.mark.parametrize("target", [0.3, 2.0, 8.0, 300.0])
+@pytest.mark.parametrize(("q", "steps"), [(0.05, 40), (1.0, 25)])
+def test_calibration_is_the_smallest_noise_to_a_thousandth(target, q, steps):
+    def events(noise):
+        return [PoissonGaussian(q, noise, steps)]
+
+    sigma = calibrate(events, target, DELTA)
+    assert epsilon(events(sigma), DELTA) <= target < epsilon(events(sigma * (1 - 1.5e-3)), DELTA)
+
+
+def test_calibration_where_delta_alone_would_cover_much_noise():
+    """At noise 100 one rare step costs nothing at all: its epsilon is 0, which has no logarithm."""
+    plan = plan_for(run_config(train={"rounds": 1, "patients_per_step": 1}), 1000)
+    assert plan.noise_multiplier < 1 and 7.9 < plan.epsilon <= 8
+
+
+@pytest.mark.parametrize(
+    ("size", "delta"), [(500, 1e-5), (50_000, 1 / 500_000), (10_000, 1e-5), (10_001, 1 / 100_010)]
+)
+def test_delta_auto(size, delta):
+    plan = plan_for(run_config(privacy={"enabled": False}), size)
+    assert plan.delta == delta and plan.epsilon == math.inf and plan.noise_multiplier == 0
+
+
+def test_rate_and_steps_are_the_runs():
+    run = run_config(train={"rounds": 7, "local_steps": 3, "patients_per_step": 64}, privacy={"enabled": False})
+    assert [plan_for(run, n).sampling_rate for n in (640, 64, 20)] == [0.1, 1.0, 1.0]
+    assert plan_for(run, 20).steps == 21
+    everybody = run_config(train={"patients_per_step": "all"}, privacy={"enabled": False})
+    assert plan_for(everybody, 640).sampling_rate == 1.0
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_training_and_evaluation_together_stay_below_the_target(share):
+    alone = plan_for(run_config(), 640)
+    plan = plan_for(run_config(evaluation={"private": True, "budget_share": share}), 640)
+    assert plan.events() == (PoissonGaussian(0.1, plan.noise_multiplier, 20), GaussianQuery(plan.evaluation_noise))
+    assert plan.epsilon == epsilon(plan.events(), plan.delta) and 7.98 < plan.epsilon <= 8
+    assert epsilon(plan.events()[1:], plan.delta) == pytest.approx(8 * share, rel=2e-3)
+    assert plan.noise_multiplier > alone.noise_multiplier and alone.evaluation_noise == 0
+    assert len(plan.events(5)) == 1 and plan.events(0) == ()
+
+
+def test_given_noise_is_taken_and_priced():
+    plan = plan_for(run_config(privacy={"noise_multiplier": 1.3}, evaluation={"private": True}), 640)
+    assert plan.noise_multiplier == plan.evaluation_noise == 1.3
+    assert plan.epsilon == epsilon([PoissonGaussian(0.1, 1.3, 20), GaussianQuery(1.3)], plan.delta)
+
+
+@pytest.mark.parametrize(
+    ("run", "size", "word"),
+    [
+        (run_config(), 0, "declared cohort of 0"),
+        (run_config(privacy={"delta": 2e-3}), 500, "delta 0.002 is not below"),
+        (run_config(privacy={"target_epsilon": 0.05}, evaluation={"private": True}), 500, "below 0.01"),
+        (run_config(privacy={"target_epsilon": 0.02}, train={"patients_per_step": "all"}), 500, "above 100"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused(run, size, word):
+    with pytest.raises(PrivacyError, match=word) as caught:
+        plan_for(run, size)
+    assert caught.value.remedy
+    with pytest.raises(PrivacyError, match="below 0.01"):
+        calibrate(lambda noise: [GaussianQuery(noise)], 0.0099, DELTA)
+
+
+HONEST = [
+    (run_config(), 640),
+    (run_config(), 30),
+    (run_config(evaluation={"private": True}), 640),
+    (run_config(privacy={"noise_multiplier": 1.3}, evaluation={"private": True}), 640),
+    (run_config(privacy={"delta": 1e-6, "unit": "image"}), 640),
+    (run_config(privacy={"enabled": False}, evaluation={"private": True}), 640),
+]
+
+
+@pytest.mark.parametrize(("run", "size"), HONEST)
+def test_every_honest_plan_is_accepted(run, size):
+    plan = plan_for(run, size)
+    assert plan_fault(run, plan) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"patients_declared": 0}, "size or delta"),
+        ({"delta": 0.0}, "size or delta"),
+        ({"delta": math.nan}, "size or delta"),
+        ({"delta": 1 / 640}, "size or delta"),
+        ({"delta": 1e-4}, "delta is above"),
+        ({"patients_declared": 700}, "another rate"),
+        ({"sampling_rate": 0.05}, "another rate"),
+        ({"steps": 19}, "other steps"),
+        ({"unit": "image"}, "another unit"),
+        ({"adjacency": "replace_one"}, "another unit"),
+        ({"evaluation_noise": 0.0}, "evaluation queries"),
+        ({"evaluation_noise": -4.0}, "out of range"),
+        ({"evaluation_noise": math.nan}, "out of range"),
+        ({"evaluation_noise": 0.5}, "more epsilon than it claims"),
+        ({"noise_multiplier": math.inf}, "out of range"),
+        ({"noise_multiplier": 0.0}, "more epsilon than it claims"),
+        ({"noise_multiplier": 0.6}, "more epsilon than it claims"),
+        ({"noise_multiplier": 1e-9}, "more epsilon than it claims"),
+        ({"epsilon": 7.0}, "more epsilon than it claims"),
+        ({"epsilon": math.nan}, "more epsilon than it claims"),
+        ({"noise_multiplier": 0.6, "epsilon": 20.0}, "above the run's target"),
+    ],
+)
+def test_every_lie_is_named(changes, word):
+    run, size = HONEST[2]
+    lie = dataclasses.replace(plan_for(run, size), **changes)
+    assert word in str(plan_fault(run, lie))
+
+
+def test_more_noise_is_welcome_and_less_than_the_run_says_is_not():
+    run, size = HONEST[3]
+    plan = plan_for(run, size)
+    assert plan_fault(run, dataclasses.replace(plan, noise_multiplier=1e7)) is None
+    for field in ("noise_multiplier", "evaluation_noise"):
+        less = dataclasses.replace(plan, **{field: 1.2}, epsilon=99.0)
+        assert plan_fault(run, less) == "it adds less noise than the run"
+    run, size = HONEST[5]
+    claims = dataclasses.replace(plan_for(run, size), epsilon=1.0)
+    assert "claims privacy" in str(plan_fault(run, claims))
