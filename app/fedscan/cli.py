@@ -140,15 +140,17 @@ def _version() -> str:
 
 def _simulate(arguments: argparse.Namespace) -> int:
     from fedscan_core import config_file
-    from fedscan_core.errors import ConfigError, RunFailed
+    from fedscan_core.errors import ConfigError, FolderError, RunFailed
 
-    run = None
     if arguments.resume is not None:
         if arguments.run or arguments.data or arguments.out or arguments.set:
             raise ConfigError(
                 "--resume goes on with a run as it was: it takes no RUN.toml, --data, --out or --set.",
                 remedy="Start a new run to change something.",
             )
+        if not (arguments.resume / "run.toml").is_file():
+            raise FolderError(f"{arguments.resume} holds no run.", remedy="Give the folder of a run that was stopped.")
+        run = config_file.load(arguments.resume / "run.toml")
     elif arguments.run is None:
         raise ConfigError("There is no RUN.toml given.", remedy="For example: fedscan simulate configs/quickstart.toml")
     else:
@@ -170,7 +172,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
             _log_level(arguments.verbose)
         try:
-            if run is None:
+            if arguments.resume is not None:
                 folder = arguments.resume
                 summary = simulation.resume(folder, watch=watch, stop=signals.stop)
             else:

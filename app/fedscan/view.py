@@ -31,13 +31,13 @@ class View:
     """A context manager that is told every step of a run.
 
     Args:
-        run: the experiment, or None for a resumed one whose run.toml was not read yet.
+        run: the experiment.
         console: where it is shown; the live form where that is a terminal.
     """
 
-    def __init__(self, run: RunConfig | None, console: Console) -> None:
-        self.private = run is None or run.privacy.enabled
-        self.target = run.privacy.target_epsilon if run else None
+    def __init__(self, run: RunConfig, console: Console) -> None:
+        self.private = run.privacy.enabled
+        self.target = run.privacy.target_epsilon
         self._console = console
         self._line_at = 0.0
         self._rounds_from: tuple[int, float] | None = None  # first round seen, and when
@@ -73,8 +73,10 @@ class View:
         if step.metrics:
             self._metrics, self._metrics_round = step.metrics, step.round
         whole = step.phase != "round" or step.sites_done >= step.sites
-        if step.phase == "prepare" and not step.sites_done:
-            whole = False
+        if step.phase == "prepare":
+            whole = step.sites_done > 0
+        if step.phase in ("declare", "evaluate"):
+            whole = step.sites_done == step.sites or bool(step.notes)
         if step.phase == "round" and self._rounds_from is None:
             self._rounds_from = (step.round - 1, time.monotonic())
         if self._live:
@@ -152,8 +154,9 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     per_site = summary["metrics"].get("auroc_per_site", {})
     title = f"{summary['run']}: {summary['rounds']} rounds of {summary['model']} ({summary['parameters']:,} parameters)"
     table = Table(title=title + ("" if private else f" - {NO_PRIVACY}"), title_justify="left")
-    for name in ("site", "patients declared", "epsilon", "delta", "noise multiplier", "sampling rate", "AUROC *"):
-        table.add_column(name, justify="left" if name == "site" else "right")
+    table.add_column("site", no_wrap=True)
+    for name in ("patients", "epsilon", "delta", "noise", "rate", "AUROC *"):
+        table.add_column(name, justify="right")
     shown = summary["sites"] if len(summary["sites"]) <= 12 else [*summary["sites"][:10], None, summary["sites"][-1]]
     for site in shown:
         if site is None:
@@ -169,11 +172,11 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
             _value(per_site.get(site["name"])),
         )
     names = {site["name"] for site in summary["sites"]}
-    for name in per_site.keys() - names:
-        table.add_row(name, "evaluates only", *[""] * 4, _value(per_site[name]))
+    for name in sorted(per_site.keys() - names):
+        table.add_row(f"{name} (never trains)", *[""] * 5, _value(per_site[name]))
     console.print(table)
     for line in _closing_lines(summary):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def _value(metric: Mapping[str, Any] | None) -> str:
@@ -183,7 +186,7 @@ def _value(metric: Mapping[str, Any] | None) -> str:
 def _closing_lines(summary: Mapping[str, Any]) -> list[str]:
     metrics = summary["metrics"]
     pooled = metrics.get("auroc", {})
-    lines = []
+    lines = ["patients: declared; noise: multiplier of the clipping norm; rate: share of patients sampled in a step"]
     if pooled:
         lines.append(
             f"AUROC over all training sites' {pooled['split']} patients: {_value(pooled)} *    "

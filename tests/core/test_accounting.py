@@ -178,9 +178,7 @@ def test_calibration_where_delta_alone_would_cover_much_noise():
     assert plan.noise_multiplier < 1 and 7.9 < plan.epsilon <= 8
 
 
-@pytest.mark.parametrize(
-    ("size", "delta"), [(500, 1e-5), (50_000, 1 / 500_000), (10_000, 1e-5), (10_001, 1 / 100_010)]
-)
+@pytest.mark.parametrize(("size", "delta"), [(500, 1e-5), (50_000, 1 / 500_000), (10_000, 1e-5), (10_001, 1 / 100_010)])
 def test_delta_auto(size, delta):
     plan = plan_for(run_config(privacy={"enabled": False}), size)
     assert plan.delta == delta and plan.epsilon == math.inf and plan.noise_multiplier == 0

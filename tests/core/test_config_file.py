@@ -10,7 +10,7 @@ from fedscan_core.errors import ConfigError
 
 def write(folder, text):
     path = folder / "RUN.toml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text)
     return path
 
 
@@ -83,18 +83,25 @@ def test_overrides_that_say_nothing(tmp_path, override, word):
     assert caught.value.remedy
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    for path, word in (
-        (tmp_path / "none.toml", "no file"),
-        (tmp_path, "is a folder"),
-        (write(tmp_path, "name = unquoted"), "not valid TOML"),
-        (write(tmp_path / ".", b'name = "\xff"'), "cannot be read|not valid TOML"),
-    ):
-        with pytest.raises(ConfigError, match=word) as caught:
-            if path.is_file() and word.startswith("not"):
-                path.write_text("name = unquoted")
-            config_file.load(path)
-        assert caught.value.remedy
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "no file"),
+        ("folder", "is a folder"),
+        (b"name = unquoted", "not valid TOML"),
+        (b'name = "a"\nname = "b"', "not valid TOML"),
+        (b'name = "\xff"', "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, word):
+    path = tmp_path / "RUN.toml"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=word) as caught:
+        config_file.load(path)
+    assert caught.value.remedy and str(path) in caught.value.message
 
 
 def leaves(section: type[BaseModel], prefix=""):

@@ -32,10 +32,10 @@ def refusal(policy: Policy, run: RunConfig, plan: SitePlan) -> str | None:
             return "this site protects patients, not single images (privacy.unit)"
     if not run.privacy.enabled:
         return None
-    if plan.epsilon > policy.max_epsilon:
+    if not plan.epsilon <= policy.max_epsilon:  # "not": a limit that is no number lets nothing through
         return f"the run asks for epsilon {plan.epsilon:.4g}, this site allows {policy.max_epsilon:g}"
-    if plan.delta > policy.max_delta:
+    if not plan.delta <= policy.max_delta:
         return f"the run asks for delta {plan.delta:g}, this site allows {policy.max_delta:g}"
-    if plan.noise_multiplier < policy.min_noise_multiplier:
+    if not plan.noise_multiplier >= policy.min_noise_multiplier:
         return f"the run adds noise {plan.noise_multiplier:.3g}, this site's floor is {policy.min_noise_multiplier:g}"
     return None

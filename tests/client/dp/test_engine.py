@@ -1,6 +1,7 @@
 """The clipped sum against a plain loop over patients in float64, and the bound on what one patient changes."""
 
 import copy
+from typing import Literal
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,8 @@ from fedscan_client.dp.engine import MARGIN, clipped_sum, sensitivity
 from fedscan_models import tasks
 from fedscan_models.registry import ModelShape, build, select_trainable
 
-ENGINES = ("opacus", "loop")
+Engine = Literal["opacus", "loop"]
+ENGINES: tuple[Engine, ...] = ("opacus", "loop")
 
 
 def unit_gradients(module, x_B, y_B, sizes):
@@ -126,7 +128,7 @@ def test_chunking_changes_nothing_and_splits_nobody(most, monkeypatch):
     whole = clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2)
     monkeypatch.setattr(engine, "_MOST_ROWS", most)
     chunks = engine._chunks(sizes, list(network.module.parameters()))
-    assert len(chunks) > 1 and sum((inside for *_, inside in chunks), []) == [3, 1, 2, 1, 3]
+    assert len(chunks) > 1 and [size for *_, inside in chunks for size in inside] == [3, 1, 2, 1, 3]
     assert [last - first for first, last, _ in chunks] == [sum(inside) for *_, inside in chunks]
     assert all(sum(inside) <= max(most, 3) for *_, inside in chunks)
     assert close(clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2), flat(whole), 1e-5)
@@ -163,7 +165,7 @@ def test_one_patient_changes_the_whole_sum_by_at_most_c(sizes, data, clip, most,
 
 
 def test_the_loop_holds_the_bound_for_weights_that_amplify_rounding():
-    """A server may choose them: every logit is what rounding left of numbers that cancel, so it depends on the batch."""
+    """A server may choose them: each logit is what rounding left of numbers that cancel, and depends on the batch."""
     network, x_B, y_B = case("cnn", 8)
     with torch.no_grad():
         f = network.module[:-1](x_B).double()

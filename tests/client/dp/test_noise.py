@@ -4,13 +4,13 @@ Every statistical bound is set for a false alarm below one in a million: 5 stand
 """
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from fedscan_client.dp import noise
 from fedscan_client.dp.noise import GRID_BITS, SecretStream, add_noise
 
 N = 200_000
@@ -87,8 +87,13 @@ def test_seeds_do_not_reach_the_noise():
 
 def test_the_key_comes_whole_from_the_operating_system(monkeypatch):
     asked = []
-    real = noise.os.urandom
-    monkeypatch.setattr(noise.os, "urandom", lambda n: asked.append(n) or real(n))
+    real = os.urandom
+
+    def urandom(count):
+        asked.append(count)
+        return real(count)
+
+    monkeypatch.setattr(os, "urandom", urandom)
     SecretStream().gaussian(10)
     SecretStream().gaussian(10)
     assert asked == [32, 16, 32, 16]

@@ -1,0 +1,136 @@
+"""The private histogram: what one patient can change of it, and that it is the right one."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from fedscan_client import cohort, evaluate
+from fedscan_client.cohort import Patients
+from fedscan_core.accounting import SitePlan
+from fedscan_models import tasks
+
+FAINT = 1e-9  # noise that the eye of a test does not see
+
+
+def plan(noise=FAINT):
+    return SitePlan(20, 1e-5, 1.0, 1.0, 1.0, 3, noise)
+
+
+def without(patients, gone):
+    """The same patients but one."""
+    first, last = patients.offsets[gone : gone + 2]
+    sizes = np.delete(np.diff(patients.offsets), gone)
+    return Patients(
+        torch.cat([patients.inputs[:first], patients.inputs[last:]]),
+        torch.cat([patients.targets[:first], patients.targets[last:]]),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        patients.ids[:gone] + patients.ids[gone + 1 :],
+    )
+
+
+def count_plainly(scores_NK, targets, weights, bins):
+    counts = np.zeros((scores_NK.shape[1], 2, bins))
+    for scores, target, weight in zip(scores_NK, targets, weights, strict=True):
+        for k, score in enumerate(scores):
+            if math.isfinite(score):
+                true = target == 1 if len(scores) == 1 else target == k
+                counts[k, int(true), min(int(score * bins), bins - 1)] += weight
+    return counts
+
+
+@given(st.integers(1, 4), st.integers(0, 20), st.integers(2, 30), st.integers(0, 10**6))
+def test_histogram_counts_every_score_once(classes, rows, bins, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([0.0, 1.0, 0.5, np.nan, np.inf, rng.random()], (rows, classes))
+    targets, weights = rng.integers(0, max(2, classes), rows), rng.random(rows)
+    found = evaluate.histogram(scores, targets, weights, bins)
+    assert found.shape == (classes, 2, bins)
+    assert np.allclose(found, count_plainly(scores, targets, weights, bins))
+
+
+LABELS = {1: ["well", "ill"], 3: ["well", "ill", "other"]}
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_without_noise_it_is_the_weighted_histogram(make_run, make_patients, classes):
+    run = make_run(task={"labels": LABELS[classes]}, evaluation={"bins": 7})
+    module, patients = cohort.network_for(run).module, make_patients([3, 1, 2], labels=len(LABELS[classes]))
+    scores = evaluate.predict(module, patients).double().numpy()
+    weights = np.array([1 / 3] * 3 + [1.0] + [1 / 2] * 2) / math.sqrt(classes)
+    found = evaluate.noisy_histogram(module, patients, run, plan())
+    assert found.shape == evaluate.shape(run) == (classes, 2, 7) and found.dtype == np.float64
+    assert np.allclose(found, count_plainly(scores, patients.targets.tolist(), weights, 7), rtol=2e-6, atol=1e-7)
+    assert found.sum() == pytest.approx(3 * math.sqrt(classes), rel=1e-5)  # every patient weighs 1 / sqrt(K) a block
+    with torch.no_grad():
+        plain = tasks.scores(module.eval()(patients.inputs)).view(6, -1)
+    assert np.allclose(scores, plain.numpy(), atol=1e-6)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    classes=st.sampled_from([1, 3]),
+    bins=st.sampled_from([2, 20]),
+    loud=st.sampled_from([0.0, 1.0, 1e4, 1e38]),
+    data=st.data(),
+)
+@settings(max_examples=50)
+def test_one_patient_changes_it_by_at_most_one(make_run, make_patients, sizes, classes, bins, loud, data):
+    """L2, through the network; 1e38 makes some scores no number."""
+    run = make_run(task={"labels": LABELS[classes]}, evaluation={"bins": bins})
+    patients = make_patients(sizes, labels=len(LABELS[classes]), seed=len(sizes))
+    module = cohort.network_for(run).module
+    with torch.no_grad():
+        module.get_parameter("head.weight").mul_(loud)
+    rest = without(patients, data.draw(st.integers(0, len(sizes) - 1)))
+    pair = [evaluate.noisy_histogram(module, part, run, plan(1e-12)) for part in (patients, rest)]
+    assert np.sqrt(((pair[0] - pair[1]) ** 2).sum()) <= 1
+
+
+def test_a_model_made_to_amplify_rounding_does_not_move_the_others(make_run, make_patients):
+    """Its logits are what rounding leaves of numbers that cancel: in a common batch, a matter of who else is in it."""
+    run, patients = make_run(evaluation={"bins": 20}), make_patients([1, 2, 1, 1, 1, 1, 1])
+    module = cohort.network_for(run).module
+    with torch.no_grad():
+        f = nn.Sequential(*list(module.children())[:-1])(patients.inputs).double()
+        v = torch.randn(1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        module.get_parameter("head.weight").copy_((v - v @ torch.linalg.pinv(f) @ f) * 1e9)
+        module.get_parameter("head.bias").zero_()
+    whole = evaluate.noisy_histogram(module, patients, run, plan(1e-12))
+    for gone in range(7):
+        rest = evaluate.noisy_histogram(module, without(patients, gone), run, plan(1e-12))
+        assert np.sqrt(((whole - rest) ** 2).sum()) <= 1
+
+
+@pytest.mark.parametrize("who", [[], [2, 1, 1]])
+def test_every_entry_gets_the_plans_noise_whoever_is_there(make_run, make_patients, who):
+    run = make_run(task={"labels": LABELS[3]}, evaluation={"bins": 1000})
+    module, patients = cohort.network_for(run).module, make_patients(who, labels=3)
+    exact = evaluate.noisy_histogram(module, patients, run, plan())
+    z = (evaluate.noisy_histogram(module, patients, run, plan(2.5)) - exact).ravel() / 2.5
+    assert z.size == 6000 and stats.kstest(z, "norm").pvalue > 1e-7
+    assert abs(z.std() - 1) < 5.5 * math.sqrt(0.5 / z.size)
+
+
+def test_noise_is_fresh(make_run, make_patients):
+    run = make_run()
+    module, patients = cohort.network_for(run).module, make_patients([1, 2])
+    first, second = (evaluate.noisy_histogram(module, patients, run, plan(1.0)) for _ in range(2))
+    assert not (first == second).any()
+
+
+def test_predict_is_in_evaluation_mode_and_keeps_the_order(make_run, make_patients):
+    network, patients = cohort.network_for(make_run()), make_patients([2, 300])
+    module = nn.Sequential(nn.Dropout(0.9), network.module).train()
+    scores = evaluate.predict(module, patients)
+    assert scores.shape == (302, 1) and not module.training
+    assert torch.allclose(scores, evaluate.predict(network.module, patients))
+    swapped = dataclasses.replace(patients, inputs=patients.inputs.flip(0), offsets=np.array([0, 300, 302]))
+    assert torch.allclose(evaluate.predict(module, swapped), scores.flip(0), atol=1e-6)
+    assert evaluate.predict(module, make_patients([])).shape == (0, 1)

@@ -1,0 +1,73 @@
+"""site.toml: read back as written, and refused with the key that is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from fedscan_client import site
+from fedscan_client.gate.policy import Policy
+from fedscan_client.site import Site, Source
+from fedscan_core.errors import ConfigError
+
+GOOD = """\
+name = "north"
+patients_declared = 120
+[source]
+kind = "cache"
+folder = "/srv/cache"
+[policy]
+max_epsilon = 8.0
+max_delta = 1e-5
+"""
+
+
+def test_round_trip(tmp_path):
+    policy = Policy(8.0, 1e-5, min_noise_multiplier=0.7, research_cohort=True)
+    here = Site(
+        name="north",
+        patients_declared=120,
+        source=Source(kind="table", folder=Path("/data")),
+        policy=policy,
+        folder=tmp_path / "a",
+    )
+    site.save(here)
+    assert site.load(tmp_path / "a") == here
+    assert "folder" not in (tmp_path / "a" / site.FILE).read_text().split("[source]")[0]
+    (tmp_path / "a").rename(tmp_path / "b")  # a site can be moved
+    assert site.load(tmp_path / "b").ledger == tmp_path / "b" / "ledger.jsonl"
+
+
+def test_what_the_hospital_does_not_say_is_strict(tmp_path):
+    (tmp_path / site.FILE).write_text(GOOD)
+    assert site.load(tmp_path).policy == Policy(8.0, 1e-5, 0.3, False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"north"', '"../north"', "name"),
+        ('"north"', '""', "name"),
+        ("120", "-1", "patients_declared"),
+        ("120", '"many"', "patients_declared"),
+        ('"cache"', '"disk"', "source.kind"),
+        ("max_epsilon = 8.0\n", "", "policy.max_epsilon"),
+        ("max_epsilon = 8.0", "max_epsilon = 8.0\nmin_noise_multipler = 2.0", "policy.min_noise_multipler"),
+        ('name = "north"', 'name = "north"\nmax_epsilon = 1', "max_epsilon"),
+        ('folder = "/srv/cache"', 'folder = "/srv/cache"\nsecret = 1', "source.secret"),
+    ],
+)
+def test_a_wrong_or_unknown_key_is_named(tmp_path, old, new, key):
+    """A limit that is written wrongly must not go unheard."""
+    assert old in GOOD
+    (tmp_path / site.FILE).write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=f"'{key}'") as caught:
+        site.load(tmp_path)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("text", [None, "name = north"])
+def test_a_file_that_cannot_be_read(tmp_path, text):
+    if text:
+        (tmp_path / site.FILE).write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        site.load(tmp_path)
