@@ -281,3 +281,7 @@ def _log_level(verbose: bool) -> None:
 
 def _is_file(handler: Any) -> bool:
     return isinstance(handler, logging.FileHandler)
+
+
+if __name__ == "__main__":
+    main()

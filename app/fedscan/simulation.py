@@ -328,7 +328,7 @@ def _locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """Sends what Flower and fedscan log to the run folder's log.txt while the run lasts."""
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8", delay=True)
+    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("flwr", "fedscan")]
     for logger in loggers:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import multiprocessing
 import os
@@ -137,6 +138,14 @@ def test_a_disk_that_takes_bytes_one_by_one(tmp_path, monkeypatch):
     write(tmp_path / "log")
     monkeypatch.undo()
     assert auditlog.read(tmp_path / "log") == RECORDS
+
+
+def test_exclusive_shuts_others_out_and_lets_them_in_afterwards(tmp_path):
+    path = tmp_path / "new" / "log"
+    with auditlog.exclusive(path), open(f"{path}.lock") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(f"{path}.lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _add_many(path, mark):

@@ -73,7 +73,9 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path):
         ("name.first=3", "'name' is not a section"),
         ("train.rounds.most=3", "'rounds' is not a section"),
         ("train.round=3", "did you mean 'train.rounds'"),
-        ("train.rounds=many", "'train.rounds'"),
+        ("train.rounds=many", "'train.rounds': "),
+        ("train.patients_per_step=some", "'train.patients_per_step': "),
+        ("privacy.clip=tight", "'privacy.clip': "),
     ],
 )
 def test_overrides_that_say_nothing(tmp_path, override, word):

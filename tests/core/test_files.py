@@ -31,13 +31,18 @@ def test_a_crash_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, where,
 
 
 def test_the_bytes_are_on_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
-    path, steps, replace = tmp_path / "file", [], os.replace
+    path, replace = tmp_path / "file", os.replace
+    steps: list[str] = []
 
     def fsync(descriptor):
         info = os.fstat(descriptor)
         steps.append("folder" if stat.S_ISDIR(info.st_mode) else f"{info.st_size} bytes")
 
+    def rename(source, target):
+        steps.append("rename")
+        replace(source, target)
+
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b)))
+    monkeypatch.setattr(os, "replace", rename)
     write_atomic(path, b"abc")
     assert steps == ["3 bytes", "rename", "folder"]

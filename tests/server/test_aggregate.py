@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedscan_core.config import Aggregation
 from fedscan_core.errors import WireError
+from fedscan_core.wire import Arrays
 from fedscan_server.aggregate import LIMIT, STRATEGIES, RunningSum, apply_step, averaged, check_update
 
 SITES = st.lists(
@@ -94,7 +95,8 @@ def plain_rounds(strategy, settings, model, deltas):
 )
 def test_strategies_follow_their_papers_over_several_rounds(strategy, deltas, momentum, beta_2, tau, rate):
     settings = Aggregation(strategy=strategy, momentum=momentum, beta_2=beta_2, tau=tau, server_learning_rate=rate)
-    model, state = {"w": np.array([0.5, -1.5])}, {}
+    model: Arrays = {"w": np.array([0.5, -1.5])}
+    state: Arrays = {}
     for delta in deltas:
         step, state = STRATEGIES[strategy](settings, state, {"w": np.array(delta)})
         model = apply_step(settings, model, step)
@@ -106,7 +108,7 @@ def test_every_strategy_of_the_configuration_is_there():
 
 
 def test_a_step_keeps_types_and_leaves_frozen_parameters():
-    model = {"w": np.ones(2, np.float32), "frozen": np.array([3], np.int64)}
+    model: Arrays = {"w": np.ones(2, np.float32), "frozen": np.array([3], np.int64)}
     after = apply_step(Aggregation(server_learning_rate=0.5), model, {"w": np.array([2.0, 4.0])})
     assert after["w"].dtype == np.float32 and after["w"].tolist() == [2.0, 3.0]
     assert after["frozen"] is model["frozen"] and model["w"].tolist() == [1.0, 1.0]

@@ -1,6 +1,7 @@
 """The round loop against pretend sites that answer well, badly, or with lies."""
 
 import dataclasses
+import itertools
 import json
 import threading
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedscan.grid import InlineGrid
 from fedscan_core import config, wire
@@ -16,8 +17,8 @@ from fedscan_core.accounting import epsilon, epsilon_so_far, plan_for
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FolderError, RunFailed
 from fedscan_core.wire import Reply
-from fedscan_server import checkpoint, tracking
-from fedscan_server.app import Job, initial_model, make_app, run_rounds
+from fedscan_server import checkpoint, evaluate, tracking
+from fedscan_server.app import Job, Progress, initial_model, make_app, run_rounds
 
 SIZES = (120, 60, 30)
 NAMES = ("ash", "birch", "cedar")
@@ -83,52 +84,75 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-def test_the_final_model_is_the_plain_sum_of_weighted_updates(tmp_path):
-    """FedAvg said plainly: every round the model moves by the mean of the updates, weighted by declared sizes."""
-    run = run_config(rounds=2)
-    model, trainable = initial_model(run)
-    assert trainable == set(model)
-    for round_ in (1, 2):
-        updates = [update_of(site, wire.Request("r", round_, "", model)) for site in range(3)]
-        model = {
-            name: (
-                array + sum(size / 210 * u[name].astype(np.float64) for size, u in zip(SIZES, updates, strict=True))
-            ).astype(np.float32)
-            for name, array in model.items()
-        }
-        # what the next updates are drawn from must be the same to the bit: take it from the run
-        if round_ == 1:
-            sites = Sites()
-            final, _, _ = go(tmp_path, run, sites)
-            second = next(request.model for request in sites.sent if request.round == 2)
-            assert second is not None
-            for name in model:
-                np.testing.assert_allclose(second[name], model[name], rtol=1e-6, atol=1e-9)
-            model = second
-    for name in model:
-        np.testing.assert_allclose(final[name], model[name], rtol=1e-6, atol=1e-9)
+def models_sent(sites):
+    """The model that went out in each round, from round 1."""
+    return list({request.round: request.model for request in sites.sent if request.round}.values())
 
 
-def test_uniform_weights_are_equal_weights(tmp_path):
-    def ones(site, kind, request, good):
+def test_every_round_moves_the_model_by_the_mean_update_weighted_by_declared_size(tmp_path):
+    run, sites = run_config(rounds=3), Sites()
+    final, _, _ = go(tmp_path, run, sites)
+    models = [*models_sent(sites), final]
+    start, trainable = initial_model(run)
+    assert same(models[0], start) and trainable == set(start)
+    for round_, (before, after) in enumerate(itertools.pairwise(models), start=1):
+        updates = [update_of(site, wire.Request("r", round_, "", before)) for site in range(3)]
+        for name in before:
+            mean = sum(size / 210 * u[name].astype(np.float64) for size, u in zip(SIZES, updates, strict=True))
+            np.testing.assert_allclose(after[name], before[name] + mean, rtol=1e-6, atol=1e-7)
+
+
+def constant(value, void=()):
+    """Sites whose updates are value(site) everywhere, and that fail in the rounds of `void`."""
+
+    def answer(site, kind, request, good):
         if kind != "train":
             return good
-        return dataclasses.replace(good, update={n: np.full_like(a, site + 1) for n, a in good.update.items()})
+        update = {name: np.full_like(array, value(site)) for name, array in good.update.items()}
+        return Reply(NAMES[site], "failed") if request.round in void else dataclasses.replace(good, update=update)
 
-    for weights, mean in (("uniform", 2.0), ("declared", (120 + 2 * 60 + 3 * 30) / 210)):
-        run = run_config(rounds=1, aggregation={"weights": weights})
-        final, _, _ = go(tmp_path / weights, run, Sites(ones))
-        start, _ = initial_model(run)
-        for name, array in final.items():
-            np.testing.assert_allclose(array - start[name], mean, rtol=1e-5)
+    return Sites(answer)
+
+
+@pytest.mark.parametrize(("weights", "mean"), [("uniform", 2.0), ("declared", (120 + 2 * 60 + 3 * 30) / 210)])
+def test_uniform_weights_are_equal_weights(tmp_path, weights, mean):
+    run = run_config(rounds=1, aggregation={"weights": weights})
+    final, _, _ = go(tmp_path, run, constant(lambda site: site + 1))
+    for name, array in initial_model(run)[0].items():
+        np.testing.assert_allclose(final[name] - array, mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("void", "steps"), [((), 1 + 1.5 + 1.75), ((2,), 1 + 1.5)])
+def test_the_servers_momentum_lives_from_round_to_round(tmp_path, void, steps):
+    run = run_config(rounds=3, aggregation={"strategy": "fedavgm", "momentum": 0.5})
+    final, _, _ = go(tmp_path, run, constant(lambda site: 1, void))
+    for name, array in initial_model(run)[0].items():
+        np.testing.assert_allclose(final[name] - array, steps, rtol=1e-6)
+
+
+def test_the_live_view_shows_what_is_spent_and_not_what_will_be(tmp_path):
+    run, seen = run_config(rounds=2), list[Progress]()
+    go(tmp_path, run, watch=seen.append)
+    shown = [(p.sites_done, p.epsilon_low, p.epsilon_high) for p in seen if p.phase == "round"]
+    spent = [[epsilon_so_far(plan_for(run, size), n) for size in SIZES] for n in range(3)]
+    low, high = [min(values) for values in spent], [max(values) for values in spent]
+    expected = []
+    for n in (0, 1):  # while a round runs, what the rounds before it cost; then its own cost too
+        expected += [(done, low[n], high[n]) for done in (1, 2, 3)] + [(3, low[n + 1], high[n + 1])]
+    assert shown == expected
 
 
 def test_the_summary_and_the_rounds(tmp_path):
     run = run_config(rounds=3, evaluation={"private": True, "every": 2})
-    judged: list[int] = []
-    final, summary, rounds = go(tmp_path, run, judge=lambda model: {"auroc": judged.append(1) or 0.75})
-    wanted = "run config_sha256 versions rounds model parameters seconds bytes_up bytes_down sites metrics".split()
-    assert set(wanted) <= summary.keys()
+    judged = []
+
+    def judge(model):
+        judged.append(model)
+        return {"auroc": 0.75}
+
+    final, summary, rounds = go(tmp_path, run, judge=judge)
+    assert summary.keys() >= {"run", "run_id", "config_sha256", "versions", "rounds", "model", "parameters"}
+    assert summary["seconds"] >= 0 and summary["versions"] == tracking.versions()
     for index, site in enumerate(summary["sites"]):
         plan = plan_for(run, SIZES[index])
         assert site == {"name": NAMES[index], **dataclasses.asdict(plan)}
@@ -141,6 +165,7 @@ def test_the_summary_and_the_rounds(tmp_path):
     assert summary["config_sha256"] == config.sha256(run) and summary["rounds"] == 3 and summary["rounds_void"] == 0
     assert summary["metrics"]["auroc"] == 0.75 and summary["metrics"]["auroc_private"]["sites"] == 3
     assert [("metrics" in record) for record in rounds] == [False, True, True] and len(judged) == 2
+    assert same(judged[-1], final)
     assert [record["round"] for record in rounds] == [1, 2, 3]
     spent = [record["epsilon_spent_max"] for record in rounds]
     assert spent == [epsilon_so_far(plan_for(run, 120), n) for n in (1, 2, 3)] and spent == sorted(spent)
@@ -173,7 +198,7 @@ def crash(good):
 
 def no_array(good):
     record = wire.reply_record(good)
-    record["update"][next(iter(record["update"]))] = Array("<f4", (1,), "numpy.ndarray", b"no array")
+    record.array_records["update"][next(iter(good.update))] = Array("<f4", (1,), "numpy.ndarray", b"no array")
     return record
 
 
@@ -199,8 +224,7 @@ def test_a_bad_answer_is_dropped_and_recorded_and_the_run_goes_on(tmp_path, bad,
     assert rounds[1]["dropped"][0].startswith("birch: ") and word in rounds[1]["dropped"][0]
     assert "Carla" not in json.dumps(rounds)
     assert all(np.isfinite(array).all() for array in final.values())
-    before, after = (next(r.model for r in sites.sent if r.round == n) for n in (2, 3))
-    assert before is not None and after is not None
+    _, before, after = models_sent(sites)
     u0, u2 = (update_of(site, wire.Request("r", 2, "", before)) for site in (0, 2))
     for name in before:  # the mean of the other two, by their sizes
         mean = (120 * u0[name].astype(np.float64) + 30 * u2[name]) / 150
@@ -219,20 +243,19 @@ def test_a_round_with_too_few_sites_is_void_and_changes_nothing(tmp_path):
     sites = failing(2)
     _, summary, rounds = go(tmp_path, run_config(rounds=3), sites)
     assert [record["void"] for record in rounds] == [False, True, False] and summary["rounds_void"] == 1
-    second, third = (next(r.model for r in sites.sent if r.round == n) for n in (2, 3))
-    assert second is not None and third is not None and same(second, third)
+    first, second, third = models_sent(sites)
+    assert same(second, third) and not same(first, second)
     _, _, rounds = go(tmp_path / "one", run_config(rounds=3, aggregation={"min_sites": 1}), failing(2))
     assert not any(record["void"] for record in rounds)
 
 
 def test_a_void_round_counts_in_the_tail_average_with_the_model_it_left(tmp_path):
-    sites = failing(3)
-    final, _, _ = go(tmp_path, run_config(rounds=4, train={"tail_average": 1.0}), sites)
-    state = checkpoint.latest(tmp_path, config.sha256(run_config(rounds=4, train={"tail_average": 1.0})))
-    after = [next(r.model for r in sites.sent if r.round == n) for n in (2, 3, 4)]
+    sites, run = failing(3), run_config(rounds=4, train={"tail_average": 1.0})
+    final, _, _ = go(tmp_path, run, sites)
+    state = checkpoint.latest(tmp_path, config.sha256(run))
     assert state is not None and same(state.average, final)
     for name, array in final.items():
-        models = [*(model[name] for model in after if model is not None), state.model[name]]
+        models = [*(model[name] for model in models_sent(sites)[1:]), state.model[name]]
         np.testing.assert_allclose(array, np.mean(models, axis=0), rtol=1e-4, atol=1e-6)
 
 
@@ -260,7 +283,7 @@ def test_a_site_that_lies_or_refuses_takes_no_part(tmp_path, bad, word):
     def answer(site, kind, request, good):
         return bad(good) if (site, kind) == (1, "query") else good
 
-    sites, seen = Sites(answer), []
+    sites, seen = Sites(answer), list[Progress]()
     _, summary, rounds = go(tmp_path, run_config(rounds=1), sites, watch=seen.append)
     assert [site["name"] for site in summary["sites"]] == ["ash", "cedar"] and rounds[0]["sites"] == 2
     assert ("train", 1, 1) not in sites.asked
@@ -272,7 +295,7 @@ def test_too_few_sites_end_the_run_before_training(tmp_path):
         return Reply(NAMES[site], "refused", reason=f"no, says {NAMES[site]}") if site else good
 
     sites = Sites(answer)
-    with pytest.raises(ConfigError, match="1 of 3 sites take part, 2 needed.*birch: no, says birch; cedar"):
+    with pytest.raises(ConfigError, match=r"1 of 3 sites .* 2 needed.*birch: no, says birch; cedar"):
         go(tmp_path, run_config(), sites)
     assert {kind for kind, _, _ in sites.asked} == {"query"}
     assert tracking.read_rounds(tmp_path) == []
@@ -284,6 +307,9 @@ def test_a_histogram_that_does_not_fit_is_left_out(tmp_path):
         return dataclasses.replace(good, histogram=bad[site]) if kind == "evaluate" and site in bad else good
 
     _, summary, _ = go(tmp_path, run_config(rounds=1, evaluation={"private": True}), Sites(answer))
+    good = good_reply(2, "evaluate", wire.Request("r", 0, config.for_sites(run_config()))).histogram
+    assert good is not None
+    assert summary["metrics"] == evaluate.private_metrics([good], [1.0])  # sigma is 1 in these runs
     assert summary["metrics"]["auroc_private"]["sites"] == 1
 
 
@@ -354,58 +380,16 @@ def test_another_runs_folder_is_refused(tmp_path):
         go(tmp_path, run_config(rounds=2))
 
 
-def test_a_site_that_never_answers_is_given_up(tmp_path):
-    """With a timeout the round goes on without it; the grid holds its message back for ever."""
+def test_a_site_whose_answer_is_lost_is_given_up(tmp_path, monkeypatch):
     sites = Sites()
-    pull, slow = sites.grid.pull_messages, []
+    pull, lost = sites.grid.pull_messages, (1002, "train")
 
-    def without_cedar(names):
-        kept = [n for n in names if n not in slow]
-        return pull(kept) if kept else []
+    def lossy(names):
+        return [m for m in pull(names) if (m.metadata.src_node_id, m.metadata.message_type) != lost]
 
-    push = sites.grid.push_messages
-
-    def push_and_note(messages):
-        messages = list(messages)
-        names = list(push(messages))
-        slow.extend(
-            n
-            for n, m in zip(names, messages, strict=True)
-            if m.metadata.message_type == "train" and m.metadata.dst_node_id == 1002
-        )
-        return names
-
-    sites.grid.pull_messages = without_cedar  # type: ignore[method-assign]
-    sites.grid.push_messages = push_and_note  # type: ignore[method-assign]
+    monkeypatch.setattr(sites.grid, "pull_messages", lossy)
     _, _, rounds = go(tmp_path, run_config(rounds=1), sites, timeout=0.3)
     assert rounds[0]["sites"] == 2 and rounds[0]["dropped"] == ["cedar: did not answer in time"]
-
-
-def test_start_weights_from_a_file(tmp_path):
-    model, _ = initial_model(run_config())
-    path = tmp_path / "start.safetensors"
-    save_file({name: np.full_like(array, 0.25) for name, array in model.items()}, path)
-    loaded, _ = initial_model(run_config(model={"init": str(path)}))
-    assert loaded.keys() == model.keys() and all((array == 0.25).all() for array in loaded.values())
-    assert same(model, initial_model(run_config())[0])
-    assert not same(model, initial_model(run_config(train={"seed": 1}, model={"name": "scatter"}))[0])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "word"),
-    [
-        (lambda path, model: None, "cannot be read"),
-        (lambda path, model: path.write_bytes(b"no safetensors"), "cannot be read"),
-        (lambda path, model: save_file({"other": np.zeros(1)}, path), "does not fit"),
-        (lambda path, model: save_file({n: a.reshape(-1)[:1] for n, a in model.items()}, path), "does not fit"),
-    ],
-)
-def test_start_weights_that_do_not_fit(tmp_path, spoil, word):
-    path = tmp_path / "start.safetensors"
-    spoil(path, initial_model(run_config())[0])
-    with pytest.raises(ConfigError, match=word) as caught:
-        initial_model(run_config(model={"init": str(path)}))
-    assert caught.value.remedy
 
 
 def test_the_server_app_runs_the_job(tmp_path):

@@ -1,6 +1,7 @@
 """The ledger never spends more than it was opened with, and gives one answer per question."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import multiprocessing
@@ -204,6 +205,33 @@ def test_every_entry_is_on_disk_before_the_call_returns(tmp_path, monkeypatch, c
         if name == call:
             break
     assert synced and synced[-1] == path.read_bytes() and f'"kind":"{call}"'.encode() in synced[-1]
+
+
+def test_every_look_and_entry_is_made_under_the_lock(tmp_path, monkeypatch):
+    """From the look at what is spent to the entry: two processes would both find room for their plan."""
+    path, held = tmp_path / "ledger.jsonl", []
+
+    def watched(real):
+        def call(*args):
+            with (tmp_path / "ledger.jsonl.lock").open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.append(False)
+                except BlockingIOError:
+                    held.append(True)
+            return real(*args)
+
+        return call
+
+    with auditlog.exclusive(path):
+        pass
+    monkeypatch.setattr(auditlog, "read", watched(auditlog.read))
+    monkeypatch.setattr(auditlog, "append", watched(auditlog.append))
+    open_ledger(path, Budget(8.0, 1e-4))
+    admit(path, "a", PLAN, **CONFIG)
+    reserve(path, "a", 1, **ASKED)
+    settle(path, "a", 1, "o" * 64)
+    assert held == [True] * 7
 
 
 def _try_to_admit(path, number):
