@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedscan_client.cohort import Patients
+from fedscan_client.dp.engine import MARGIN
 from fedscan_client.dp.noise import SecretStream, add_noise
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
@@ -64,5 +65,5 @@ def noisy_histogram(module: nn.Module, patients: Patients, run: RunConfig, plan:
         counts = histogram(scores_NK, patients.targets.numpy(), weights_N, run.evaluation.bins)
     else:
         counts = np.zeros(shape(run))
-    noisy = add_noise([torch.from_numpy(counts * (1 - 1e-6))], plan.evaluation_noise, SecretStream())
+    noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream())
     return noisy[0].numpy()

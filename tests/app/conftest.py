@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def run_for():
     """A small RunConfig; keyword arguments are sections, merged into the small ones."""
 
     def build(**sections):
-        tree = {**SMALL}
+        tree: dict[str, Any] = {**SMALL}
         for name, values in sections.items():
             tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
         return config_file.parse(tree)

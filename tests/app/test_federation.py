@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedscan import federation
 from fedscan_client import cohort
 from fedscan_client import site as sites
-from fedscan_core.errors import ConfigError, DataError, PrivacyError
+from fedscan_core.errors import ConfigError, DataError, FedscanError, PrivacyError
 
 
 def planned(run, table):
@@ -107,7 +107,7 @@ def test_label_skew_is_skewed(run_for, drawn_table):
     assert spread(0.3) > 2 * spread(1000.0)
 
 
-BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+BAD: dict[str, tuple[Any, dict[str, Any], type[FedscanError], str]] = {
     "no folder": (lambda folder: folder / "nowhere", {}, DataError, "There is no folder"),
     "no table": (lambda folder: folder, {"data": {"table": "other.csv"}}, DataError, "other.csv"),
     "label column": (lambda folder: folder, {"data": {"label_column": "ill"}}, DataError, "no column 'ill'"),

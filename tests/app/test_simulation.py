@@ -16,6 +16,7 @@ from fedscan_client.dp import ledger
 from fedscan_core import config_file
 from fedscan_core.errors import ConfigError, DataError, FolderError, MissingExtra, RunFailed
 from fedscan_core.wire import Reply
+from fedscan_server.app import Progress
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
 needs_images = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared folder of public images is not here")
@@ -45,7 +46,7 @@ def same(a, b):
 
 def test_a_run_leaves_a_whole_folder(run_for, table, tmp_path):
     run = run_for(privacy={"target_epsilon": 3.0}, evaluation={"private": True, "every": 2})
-    steps = []
+    steps: list[Progress] = []
     summary = fedscan.simulate(run, data=table, out=tmp_path / "run", watch=steps.append)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left >= {"run.toml", "rounds.jsonl", "summary.json", "model.safetensors", "checkpoints", "log.txt", "sites"}
@@ -53,7 +54,7 @@ def test_a_run_leaves_a_whole_folder(run_for, table, tmp_path):
     assert SUMMARY_KEYS | {"sites", "metrics"} <= summary.keys()
     assert [site["name"] for site in summary["sites"]] == ["phantom_1", "phantom_2", "phantom_3"]
     for site in summary["sites"]:
-        assert SITE_KEYS <= site.keys()
+        assert site.keys() >= SITE_KEYS
         assert 2.9 < site["epsilon"] <= 3.0  # training and evaluation together
         assert (site["unit"], site["adjacency"]) == ("patient", "add_or_remove_one")
         booked = ledger.summary(tmp_path / "run/sites" / site["name"] / "ledger.jsonl")

@@ -30,12 +30,17 @@ def refusal(policy: Policy, run: RunConfig, plan: SitePlan) -> str | None:
             return "this site trains only with privacy enabled"
         if run.privacy.unit != "patient":
             return "this site protects patients, not single images (privacy.unit)"
+        if run.privacy.engine != "loop":
+            # Per-row hooks run all patients in one batch; weights chosen by a malicious server can blow its rounding up
+            # until one patient moves the sum by more than C (tests/client/dp/test_engine.py).
+            return "this site computes each patient's gradient by itself (privacy.engine = 'loop')"
     if not run.privacy.enabled:
         return None
     if not plan.epsilon <= policy.max_epsilon:  # "not": a limit that is no number lets nothing through
         return f"the run asks for epsilon {plan.epsilon:.4g}, this site allows {policy.max_epsilon:g}"
     if not plan.delta <= policy.max_delta:
         return f"the run asks for delta {plan.delta:g}, this site allows {policy.max_delta:g}"
-    if not plan.noise_multiplier >= policy.min_noise_multiplier:
-        return f"the run adds noise {plan.noise_multiplier:.3g}, this site's floor is {policy.min_noise_multiplier:g}"
+    noise = min(plan.noise_multiplier, plan.evaluation_noise or plan.noise_multiplier)
+    if not noise >= policy.min_noise_multiplier:
+        return f"the run adds noise {noise:.3g}, this site's floor is {policy.min_noise_multiplier:g}"
     return None

@@ -23,6 +23,7 @@ def test_what_keeps_to_every_limit_is_allowed(make_run):
         ({"epsilon": math.inf}, "epsilon inf, this site allows 5"),
         ({"delta": 1.1e-5}, "delta 1.1e-05, this site allows 1e-05"),
         ({"noise_multiplier": 0.499}, "noise 0.499, this site's floor is 0.5"),
+        ({"evaluation_noise": 0.499}, "noise 0.499, this site's floor is 0.5"),
     ],
 )
 @pytest.mark.parametrize("research", [False, True])
@@ -43,6 +44,12 @@ def test_a_deployed_site_never_switches_privacy_off(make_run):
 def test_a_deployed_site_protects_patients_not_images(make_run):
     run = make_run(privacy={"unit": "image"})
     assert "patients, not single images" in str(refusal(POLICY, run, PLAN))
+    assert refusal(dataclasses.replace(POLICY, research_cohort=True), run, PLAN) is None
+
+
+def test_a_deployed_site_computes_each_patient_alone(make_run):
+    run = make_run(privacy={"engine": "opacus"})
+    assert "by itself" in str(refusal(POLICY, run, PLAN))
     assert refusal(dataclasses.replace(POLICY, research_cohort=True), run, PLAN) is None
 
 
