@@ -89,7 +89,9 @@ class Privacy(Section):
     """The guarantee: (epsilon, delta)-DP per site for adding or removing one patient. DESIGN.md section 3."""
 
     enabled: bool = Field(
-        True, description="false = no privacy at all: baselines in simulation only; said on every line of output."
+        True,
+        strict=True,
+        description="false = no privacy at all: baselines in simulation only; said on every line of output.",
     )
     unit: Literal["patient", "image"] = Field(
         "patient", description='Whom the guarantee protects. "image" exists for comparison, in simulation only.'
@@ -214,6 +216,7 @@ class Evaluation(Section):
     )
     private: bool = Field(
         False,
+        strict=True,
         description="Sites answer one noisy score histogram at the end, charged to their ledgers: works in deployment.",
     )
     budget_share: float = Field(

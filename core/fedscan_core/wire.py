@@ -114,6 +114,8 @@ def read_reply(record: "RecordDict") -> Reply:
     status = _config(record, _STATUS, {"site": str, "status": str, "reason": str})
     if status["status"] not in ("ok", "failed", "refused"):
         raise WireError(f"Unknown status '{status['status']}' in a reply.")
+    if not re.fullmatch(NAME_PATTERN, status["site"]):  # it becomes part of the published summary
+        raise WireError("A site's name in a reply is not a plain name.")
     plan = None
     if _PLAN in record:
         fields = {field.name: field.type for field in dataclasses.fields(SitePlan)}

@@ -128,6 +128,12 @@ def test_a_reply_with_other_fields_is_refused(record, field, value):
         wire.read_reply(packed)
 
 
+@pytest.mark.parametrize("site", ["../x", "a b", "", "<b>x</b>", "a\n"])
+def test_a_reply_from_a_site_without_a_plain_name_is_refused(site):
+    with pytest.raises(WireError, match="name"):
+        wire.read_reply(wire.reply_record(Reply(site, "failed")))
+
+
 def test_a_histogram_brings_nothing_else():
     packed = wire.reply_record(Reply("a", "ok", histogram=np.zeros((1, 2, 4))))
     packed.array_records["histogram"]["labels"] = Array(np.ones(3))
