@@ -108,11 +108,11 @@ class Privacy(Section):
         "auto", description='Probability that the bound fails. "auto" = min(1e-5, 1/(10 n)) for a site of n patients.'
     )
     clip: float | Literal["auto"] = Field(
-        1.0,
+        0.1,
         description='Clipping norm C of one patient\'s gradient; "auto" scales each to norm 1 (Bu et al. 2022).',
     )
     max_images_per_patient: int = Field(
-        8,
+        32,
         ge=1,
         le=4096,
         description="At most K images of a chosen patient enter a step, drawn afresh; bounds work, not privacy.",
@@ -150,16 +150,20 @@ class Privacy(Section):
 class Train(Section):
     """Local training. Everything here is public."""
 
-    rounds: int = Field(30, ge=1, le=100_000, description="Rounds of the federation.")
+    rounds: int = Field(100, ge=1, le=100_000, description="Rounds of the federation.")
     local_steps: int = Field(1, ge=1, le=10_000, description="DP-SGD steps at a site in each round.")
     patients_per_step: int | Literal["all"] = Field(
-        64,
+        "all",
         description='Expected patients in a step: the sampling rate is this over the declared cohort. "all" = rate 1.',
     )
     optimizer: Literal["sgd", "adam"] = Field(
         "sgd", description="The site's optimizer; its state starts anew every round."
     )
-    learning_rate: float = Field(0.1, gt=0, description="The site's learning rate.")
+    learning_rate: float = Field(
+        10.0,
+        gt=0,
+        description="The site's learning rate. The default suits scatter with clip 0.1; deep networks want less.",
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="The site's momentum within a round (sgd).")
     weight_decay: float = Field(
         0.0, ge=0, description="L2 shrinkage per step, applied after the noise (costs no privacy)."
@@ -174,7 +178,10 @@ class Train(Section):
         0.0, ge=0, lt=1, description="Decay of the running average of the global model that is released; 0 = off."
     )
     tail_average: float = Field(
-        0.0, ge=0, le=1, description="Release the mean of the global models of this last share of the rounds; 0 = off."
+        0.5,
+        ge=0,
+        le=1,
+        description="Release the mean of the global models of this last share of the rounds; 0 = off. Not with ema.",
     )
     seed: int = Field(
         0, ge=0, lt=2**31, description="For partition, start weights and everything but noise and sampling."
@@ -192,7 +199,7 @@ class Aggregation(Section):
     """How the server turns updates into the next global model. All post-processing: costs no privacy."""
 
     strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"] = Field(
-        "fedavg", description="fedavg, fedprox (local pull), fedavgm (server momentum), fedadam, fedyogi."
+        "fedavgm", description="fedavg, fedprox (local pull), fedavgm (server momentum), fedadam, fedyogi."
     )
     server_learning_rate: float = Field(1.0, gt=0, description="Step along the mean update.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum (fedavgm); beta_1 (fedadam, fedyogi).")
@@ -301,8 +308,6 @@ class RunConfig(Section):
             )
         if self.train.augmentation == "none" and self.train.multiplicity > 1:
             raise ValueError("train.multiplicity: several identical views teach nothing; set train.augmentation")
-        if self.train.ema and self.train.tail_average:
-            raise ValueError("train.ema and train.tail_average: choose one")
         target, noise = self.privacy.target_epsilon, self.privacy.noise_multiplier
         if self.privacy.enabled and target is not None and target < MIN_EPSILON:
             raise ValueError(f"privacy.target_epsilon: {target} is below {MIN_EPSILON}: only noise would be left")

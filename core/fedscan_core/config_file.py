@@ -79,8 +79,7 @@ image_size = 64
 target_epsilon = 8.0        # each site's total, training and evaluation together
 
 [train]
-rounds = 60
-patients_per_step = "all"
+rounds = 100
 
 [data]
 dir = "my-images"           # holds metadata.csv with the columns file, patient_id, label, site, split

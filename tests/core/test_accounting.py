@@ -31,7 +31,9 @@ KNOWN = PoissonGaussian(0.1, 1.0, 100)
 
 def run_config(**sections):
     """A run of 20 rounds; patients_per_step 64."""
-    return RunConfig.model_validate({"train": {"rounds": 20} | sections.pop("train", {}), **sections})
+    return RunConfig.model_validate(
+        {"train": {"rounds": 20, "patients_per_step": 64} | sections.pop("train", {}), **sections}
+    )
 
 
 def slow_epsilon(q: float, sigma: float, steps: int, delta: float, grid: float = 1e-3) -> float:

@@ -17,7 +17,7 @@ def write(folder, text):
 def test_the_sample_is_a_run(tmp_path):
     run = config_file.load(write(tmp_path, config_file.SAMPLE))
     assert run.task.labels == ("normal", "pneumonia") and run.task.image_size == (64, 64)
-    assert (run.train.rounds, run.train.patients_per_step, run.data.dir) == (60, "all", "my-images")
+    assert (run.train.rounds, run.train.patients_per_step, run.data.dir) == (100, "all", "my-images")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_explain_lists_every_key_once_with_words():
     sections = [key for key, kind, _, _ in rows if not kind]
     assert sections[0] == "[task]" and "[[data.sites]]" in sections
     said = {key: (kind, default) for key, kind, default, _ in rows}
-    assert said["train.rounds"] == ("integer", "30")
+    assert said["train.rounds"] == ("integer", "100")
     assert said["privacy.target_epsilon"] == ("number", "unset")
     assert said["privacy.delta"] == ('number | "auto"', '"auto"')
     assert said["task.labels"][0] == "list of text" and said["data.sites.name"] == ("text", "required")

@@ -27,9 +27,9 @@ NAMES = ("ash", "birch", "cedar")
 def run_config(rounds=4, **sections):
     """A small real network; sigma is given, so that no plan needs calibrating."""
     privacy = sections.pop("privacy", {"noise_multiplier": 1.0})
-    train = {"rounds": rounds, "patients_per_step": "all"} | sections.pop("train", {})
-    task = {"labels": ["0", "1"], "image_size": 32}
-    return RunConfig.model_validate({"name": "demo", "task": task, "privacy": privacy, "train": train, **sections})
+    train = {"rounds": rounds, "patients_per_step": "all", "tail_average": 0.0} | sections.pop("train", {})
+    tree = {"name": "demo", "task": {"labels": ["0", "1"], "image_size": 32}, "aggregation": {"strategy": "fedavg"}}
+    return RunConfig.model_validate({**tree, "privacy": privacy, "train": train, **sections})
 
 
 def update_of(site, request):

@@ -66,18 +66,20 @@ def clipped_sum(
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     chunk_gradients = _by_hooks if engine == "opacus" else _by_loop
     for first, last, inside in _chunks(sizes, parameters):
-        gradients_UP = chunk_gradients(module, parameters, loss_rows, x_B[first:last], y_B[first:last], inside)
+        found_UP = chunk_gradients(module, parameters, loss_rows, x_B[first:last], y_B[first:last], inside)
+        # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
+        gradients_UP = [gradient_UP.double() for gradient_UP in found_UP]
         factor_U = _factors(gradients_UP, clip)
         for total, gradient_UP in zip(sums, gradients_UP, strict=True):
-            finite_UP = torch.where(factor_U.view(-1, 1) > 0, gradient_UP, 0.0)
-            # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
-            total += (factor_U @ finite_UP.double()).view_as(total)
+            if not factor_U.all():
+                gradient_UP.masked_fill_(factor_U.view(-1, 1) == 0, 0.0)  # NaN times 0 would be NaN
+            total += (factor_U @ gradient_UP).view_as(total)
     return sums
 
 
 def _factors(gradients_UP: list[Tensor], clip: Clip) -> Tensor:
     """float64 scale of each unit; 0 for one that is not finite. Norms in float64: float32 sums come out low."""
-    square_U = torch.stack([g.double().square().sum(1) for g in gradients_UP]).sum(0)
+    square_U = torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0)
     norm_U = square_U.sqrt()
     bound = sensitivity(clip) * (1 - MARGIN)
     factor_U = bound / (norm_U + 0.01) if clip == "auto" else (bound / norm_U.clamp_min(1e-300)).clamp_max(1.0)
@@ -85,8 +87,8 @@ def _factors(gradients_UP: list[Tensor], clip: Clip) -> Tensor:
 
 
 def _chunks(sizes: Sequence[int], parameters: Sequence[Tensor]) -> list[tuple[int, int, list[int]]]:
-    """(first row, last row, sizes) of chunks of whole units that keep per-row gradients near _GRADIENT_BYTES."""
-    per_row = 4 * sum(p.numel() for p in parameters)
+    """(first row, last row, sizes) of chunks of whole units whose gradients, also in float64, fit _GRADIENT_BYTES."""
+    per_row = 12 * sum(p.numel() for p in parameters)
     most = max(1, min(_MOST_ROWS, _GRADIENT_BYTES // max(per_row, 1)))
     chunks: list[tuple[int, int, list[int]]] = []
     first, inside = 0, list[int]()

@@ -135,7 +135,7 @@ def test_chunking_changes_nothing_and_splits_nobody(most, monkeypatch):
 
 
 def test_gradients_of_a_large_network_are_held_for_few_rows_at_once():
-    parameters = [torch.zeros(engine._GRADIENT_BYTES // 4 // 3)]
+    parameters = [torch.zeros(engine._GRADIENT_BYTES // 12 // 3)]
     assert [inside for *_, inside in engine._chunks([1] * 7, parameters)] == [[1] * 3, [1] * 3, [1]]
 
 
