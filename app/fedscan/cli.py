@@ -72,9 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except FedscanError as error:
         print(f"fedscan: {error}", file=sys.stderr)
         code = error.exit_code
-    except (KeyboardInterrupt, Stopped) as stop:
+    except KeyboardInterrupt:
         print("\nfedscan: stopped.", file=sys.stderr)
-        code = stop.code if isinstance(stop, Stopped) else 130
+        code = 130
+    except Stopped as stop:
+        print("\nfedscan: stopped.", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(stop.code)  # at once: Ray's threads would wait for actors that are gone
     except BrokenPipeError:  # `fedscan config --explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -162,7 +166,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     with _signals() as signals, view.View(run, progress) as show:
 
         def watch(step: "Progress") -> None:
-            signals.graceful = step.phase in ("round", "evaluate")
+            signals.graceful = step.phase != "prepare"
             show(step)
 
         if not arguments.verbose:
@@ -181,7 +185,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         except RunFailed as error:
             if signals.code is None:
                 raise
-            print(f"fedscan: {error}", file=sys.stderr)
+            kept = folder.exists()  # before the first round nothing was worth keeping
+            print(f"fedscan: {error}" if kept else "fedscan: stopped before the first round.", file=sys.stderr)
             return signals.code
     if arguments.json:
         print(json.dumps(summary, indent=2))

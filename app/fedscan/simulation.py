@@ -176,7 +176,7 @@ def _run(
         watch(progress)
 
     app = client_app.make_app(functools.partial(_open, tuple(training)))
-    job = Job(run, state.run_id, folder, judge, tell, stop)
+    job = Job(run, state.run_id, folder, len(training), judge, tell, stop)
     try:
         if run.simulation.backend == "ray":
             _on_ray(run, job, app, len(training))
@@ -266,6 +266,9 @@ def _on_ray(run: RunConfig, job: Job, app: ClientApp, count: int) -> None:
                 "init_args": {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False},
             },
         )
+    except BaseException:
+        job.stop.set()  # the server's thread would wait for replies that nobody sends any more
+        raise
     finally:
         import ray
 

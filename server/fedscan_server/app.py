@@ -55,6 +55,7 @@ class Job:
         run: the experiment.
         run_id: unique to this run, for ever: sites book their ledgers under it.
         folder: the run folder, made already.
+        sites: how many nodes to wait for before the run begins; some runtimes connect them one by one.
         judge: simulation only: exact metrics of a model on pretend held-out patients.
         watch: told of every step.
         stop: set by somebody else to end the run between two messages; it stays resumable.
@@ -64,6 +65,7 @@ class Job:
     run: RunConfig
     run_id: str
     folder: Path
+    sites: int = 1
     judge: Callable[[Arrays], dict[str, Any]] | None = None
     watch: Callable[[Progress], None] = lambda progress: None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -110,8 +112,9 @@ def run_rounds(grid: Grid, job: Job) -> None:
                 up += wire.nbytes(update)
             except WireError as error:
                 notes.append(f"{name}: {error}")
-            low, high = _spent(run, plans, (round_ - 1) * run.train.local_steps)
-            job.watch(Progress("round", round_, run.train.rounds, total.sites + len(notes), len(nodes), low, high))
+            if (answered := total.sites + len(notes)) < len(nodes):  # the last one is told with the round's record
+                low, high = _spent(run, plans, (round_ - 1) * run.train.local_steps)
+                job.watch(Progress("round", round_, run.train.rounds, answered, len(nodes), low, high))
         void = total.sites < needed
         state = _step(run, state, None if void else total, round_)
         low, high = _spent(run, plans, round_ * run.train.local_steps)
@@ -181,7 +184,7 @@ def _declare(grid: Grid, job: Job, done: int) -> tuple[dict[int, str], dict[str,
     Raises:
         ConfigError: too few sites take part; it names the first refusals and their reasons.
     """
-    nodes = {node: str(node) for node in grid.get_node_ids()}
+    nodes = {node: str(node) for node in _connected(grid, job)}
     request = Request(job.run_id, 0, config.for_sites(job.run))
     plans: dict[str, SitePlan] = {}
     names: dict[int, str] = {}
@@ -206,6 +209,15 @@ def _declare(grid: Grid, job: Job, done: int) -> tuple[dict[int, str], dict[str,
             remedy="Ask for what the sites' policies allow.",
         )
     return dict(sorted(names.items(), key=lambda item: item[1])), plans
+
+
+def _connected(grid: Grid, job: Job) -> list[int]:
+    """The nodes, once as many are there as the job waits for, or its time is over."""
+    give_up = math.inf if job.timeout is None else time.monotonic() + job.timeout
+    while len(nodes := list(grid.get_node_ids())) < job.sites and time.monotonic() < give_up:
+        if job.stop.wait(POLL_SECONDS):
+            raise RunFailed("The run was stopped.")
+    return nodes
 
 
 def _weights(run: RunConfig, plans: dict[str, SitePlan]) -> dict[str, float]:
