@@ -191,8 +191,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
-        view.show_summary(summary, results)
-        print(f"Everything this run left is in {folder}")
+        view.show_summary(summary, str(folder), results)
     return 0
 
 

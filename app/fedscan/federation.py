@@ -5,6 +5,7 @@ what it would find out here depends on its patients, so it must keep it to itsel
 """
 
 import csv
+import hashlib
 import os
 import re
 from collections import defaultdict
@@ -77,7 +78,7 @@ def build(run: RunConfig, planned: Sequence[PretendSite], folder: Path, tell: Ca
             _fill_from_phantoms(run, site, folder.parent / "hospitals" / pretend.name)
         else:
             _write_rows(site, pretend.rows)
-        _check_site(run, site, pretend.trains)
+        check_site(run, site, pretend.trains)
         built.append(site)
     tell(len(planned))
     return built
@@ -106,7 +107,8 @@ def _fill_from_phantoms(run: RunConfig, site: Site, archive: Path) -> None:
         seed=run.train.seed,
         image_size=min(256, max(32, height, width)),
     )
-    key = os.urandom(32)
+    # A pretend key for pretend patients, so that the same seed deals them to the same splits.
+    key = hashlib.sha256(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
     descriptor = os.open(site.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(key)
@@ -278,8 +280,12 @@ def _write_rows(site: Site, rows: Sequence[TableRow]) -> None:
             writer.writerow({name: getattr(row, name) for name in cohort.COLUMNS if name != "index"} | {"index": index})
 
 
-def _check_site(run: RunConfig, site: Site, trains: bool) -> None:
-    """Decodes every image that the run will use, which fills the cohort's memory for the rounds to come."""
+def check_site(run: RunConfig, site: Site, trains: bool) -> None:
+    """Decodes every image that the run will use, which fills the cohort's memory for the rounds to come.
+
+    Raises:
+        DataError: an image that cannot be used, or a site that cannot train.
+    """
     for split in dict.fromkeys(("train", *splits(run, trains)) if trains else splits(run, trains)):
         patients = cohort.load_patients(site, run, split)
         if patients.left_out:

@@ -93,8 +93,9 @@ def simulate(
         raise ConfigError("The run draws phantoms and reads no images.", remedy="Leave out --data.")
     where = data if data is not None else run.data.dir
     if where is not None and run.data.source == "table":
-        absolute = str(Path(where).expanduser().absolute())
-        run = run.model_copy(update={"data": run.data.model_copy(update={"dir": absolute})})
+        run = run.model_copy(update={"data": run.data.model_copy(update={"dir": _absolute(where)})})
+    if run.model.init != "random":
+        run = run.model_copy(update={"model": run.model.model_copy(update={"init": _absolute(run.model.init)})})
     _check_backend(run)
     server_app.initial_model(run)  # a network or start weights that cannot be had: before anything is read
     planned = federation.plan(run)
@@ -115,6 +116,11 @@ def simulate(
         )
         files.write_atomic(folder / STATE, (json.dumps(state.__dict__, indent=2) + "\n").encode())
         return _run(run, folder, state, watch, stop or threading.Event(), started)
+
+
+def _absolute(path: Path | str) -> str:
+    """What run.toml keeps: --resume may be typed elsewhere."""
+    return str(Path(path).expanduser().absolute())
 
 
 def default_folder(run: RunConfig) -> Path:
@@ -155,6 +161,10 @@ def resume(
         return tracking.read_summary(folder)
     _check_backend(run)
     with _locked(folder), _logged(folder), _threads():
+        everybody = (*state.sites, *state.evaluation_only)
+        for number, name in enumerate(everybody):  # the images may have gone since
+            federation.check_site(run, sites.load(folder / SITES / name), name in state.sites)
+            watch(Progress("prepare", 0, run.train.rounds, number + 1, len(everybody)))
         return _run(run, folder, state, watch, stop or threading.Event(), lambda: None)
 
 
@@ -184,7 +194,10 @@ def _run(
             context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
             server_app.make_app(job)(InlineGrid(app, len(training)), context)
     except RunFailed as error:
-        raise RunFailed(error.message, remedy=error.remedy or f"Go on: fedscan simulate --resume {folder}") from None
+        advice = f"Go on: fedscan simulate --resume {folder}"
+        if not stop.is_set():
+            advice = f"What went wrong at a site is in its site.log, under {folder / SITES}. {error.remedy}"
+        raise RunFailed(error.message, remedy=advice) from None
     except OSError as error:
         what = f" ({error.filename})" if error.filename else ""
         raise RunFailed(

@@ -37,6 +37,7 @@ class View:
 
     def __init__(self, run: RunConfig, console: Console) -> None:
         self.private = run.privacy.enabled
+        self._head = "" if self.private else f"{NO_PRIVACY}: "
         self.target = run.privacy.target_epsilon
         self._console = console
         self._line_at = 0.0
@@ -94,22 +95,27 @@ class View:
         if step.phase in ("prepare", "declare", "evaluate"):
             what = {"prepare": "reading images: site", "declare": "asking sites", "evaluate": "private evaluation"}
             self._bar.update(
-                self._task, description=what[step.phase], completed=step.sites_done, total=step.sites, eta=""
+                self._task,
+                description=self._head + what[step.phase],
+                completed=step.sites_done,
+                total=step.sites,
+                eta="",
             )
             self._live.update(self._bar)
             return
         done = step.round - (step.sites_done < step.sites)
-        self._bar.update(self._task, description="round", completed=done, total=step.rounds, eta=self._eta(step))
+        self._bar.update(
+            self._task, description=self._head + "round", completed=done, total=step.rounds, eta=self._eta(step)
+        )
         lines = [
-            f"  sites {step.sites_done}/{step.sites} of round {step.round}   {self._spent(step)}",
-            *(f"  {line}" for line in [_metrics_text(self._metrics, self._metrics_round)] if line),
-            *(f"  {note}" for note in step.notes[:3]),
+            f"  {self._head}sites {step.sites_done}/{step.sites} of round {step.round}   {self._spent(step)}",
+            *(f"  {self._head}{line}" for line in [_metrics_text(self._metrics, self._metrics_round)] if line),
+            *(f"  {self._head}{note}" for note in step.notes[:3]),
         ]
         style = "" if self.private else "bold red"
         self._live.update(Group(self._bar, *(Text(line, style=style) for line in lines)))
 
     def _text(self, step: "Step") -> str:
-        head = "" if self.private else f"[{NO_PRIVACY}] "
         if step.phase == "prepare":
             text = f"images of {step.sites_done} of {step.sites} sites read"
         elif step.phase == "declare":
@@ -123,11 +129,11 @@ class View:
             parts += [_metrics_text(step.metrics, step.round)] if step.metrics else []
             eta = self._eta(step)
             text = ", ".join([*parts, *([eta] if eta else [])])
-        return head + "; ".join([text, *step.notes])
+        return self._head + "; ".join([text, *step.notes])
 
     def _spent(self, step: "Step") -> str:
         if not self.private or not math.isfinite(step.epsilon_high):
-            return NO_PRIVACY
+            return "epsilon unbounded"
         low, high = f"{step.epsilon_low:.2f}", f"{step.epsilon_high:.2f}"
         of = f" of {self.target:g}" if self.target else ""
         return f"epsilon spent per site {low if low == high else f'{low} to {high}'}{of}"
@@ -148,7 +154,7 @@ def _metrics_text(metrics: Mapping[str, Any], round_: int) -> str:
     return "" if value is None else f"held-out AUROC {value:.3f} after round {round_} (simulation only)"
 
 
-def show_summary(summary: Mapping[str, Any], console: Console) -> None:
+def show_summary(summary: Mapping[str, Any], folder: str, console: Console) -> None:
     """The final tables on `console`: what each site spent, and how good the model is."""
     private = bool(summary["privacy_enabled"])
     per_site = summary["metrics"].get("auroc_per_site", {})
@@ -175,7 +181,7 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     for name in sorted(per_site.keys() - names):
         table.add_row(f"{name} (never trains)", *[""] * 5, _value(per_site[name]))
     console.print(table)
-    for line in _closing_lines(summary):
+    for line in _closing_lines(summary, folder):
         console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
@@ -183,7 +189,7 @@ def _value(metric: Mapping[str, Any] | None) -> str:
     return "undefined" if not metric or metric["value"] is None else f"{metric['value']:.3f}"
 
 
-def _closing_lines(summary: Mapping[str, Any]) -> list[str]:
+def _closing_lines(summary: Mapping[str, Any], folder: str) -> list[str]:
     metrics = summary["metrics"]
     pooled = metrics.get("auroc", {})
     lines = ["patients: declared; noise: multiplier of the clipping norm; rate: share of patients sampled in a step"]
@@ -204,8 +210,9 @@ def _closing_lines(summary: Mapping[str, Any]) -> list[str]:
             f"What left each site is (epsilon, delta)-differentially private for adding or removing one {unit}."
         )
     else:
-        lines.append(f"{NO_PRIVACY}: this run protected nobody. It is a baseline.")
-    return lines
+        lines.append("this run protected nobody. It is a baseline.")
+    lines.append(f"Everything this run left is in {folder}")
+    return lines if summary["privacy_enabled"] else [f"{NO_PRIVACY}: {line}" for line in lines]
 
 
 def consoles(quiet_stdout: bool) -> tuple[Console, Console]:

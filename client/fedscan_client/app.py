@@ -70,7 +70,8 @@ def _declare(here: Site, request: Request) -> Reply:
     try:
         run, plan = _permit(here, request)
         if run.privacy.enabled:
-            ledger.open_ledger(here.ledger, ledger.Budget(here.policy.max_epsilon, here.policy.max_delta))
+            budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
+            ledger.open_ledger(here.ledger, budget, here.patients_declared)
             ledger.admit(here.ledger, request.run_id, plan, _sha(request.config))
     except Refused as refused:
         return Reply(here.name, "refused", refused.reason)
@@ -145,8 +146,10 @@ def _release(
 ) -> Arrays | None:
     """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned."""
     if not run.privacy.enabled:
-        return work()
-    answer = here.folder / "outbox" / f"{request.run_id}-{request.round}-{what}.safetensors"
+        bare = work()
+        egress.record(here.folder, run_id=request.run_id, round_=request.round, what=what, arrays=bare)
+        return bare
+    answer = here.folder / "outbox" / request.run_id / f"{request.round}-{what}.safetensors"
     state = ledger.reserve(
         here.ledger,
         request.run_id,
@@ -172,7 +175,7 @@ def _sha(text: str) -> str:
 
 
 def _keep_only(answer: Path) -> None:
-    """Drops older answers of the outbox: the server has moved on when it asks the next question."""
+    """Drops the run's older answers: the server has moved on when it asks the next question."""
     answer.parent.mkdir(parents=True, exist_ok=True)
     for old in answer.parent.iterdir():
         if old != answer:

@@ -29,7 +29,6 @@ from fedscan_models.registry import ModelShape, Network, build, select_trainable
 
 TABLE = "cohort.csv"
 COLUMNS = ("file", "index", "patient_id", "label", "split", "sex", "age")
-_FEATURE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def split_of(key: bytes, patient: str) -> str:
 
 def images_of(
     site_folder: Path, kind: str, folder: Path, size: tuple[int, int], channels: Literal[1, 3]
-) -> list[Image]:
-    """Every image of the site, undecoded where the source allows it."""
+) -> tuple[list[Image], list[str]]:
+    """Every image of the site, undecoded where the source allows it, and why patients were left out whole."""
     if kind == "table":
         with (site_folder / TABLE).open(newline="", encoding="utf-8") as file:
             return [
@@ -129,19 +128,28 @@ def images_of(
                     functools.partial(_row_image, folder / row["file"], row["index"], size=size, channels=channels),
                 )
                 for row in csv.DictReader(file)
-            ]
-    from fedscan_client.intake import ingest
+            ], []
+    from fedscan_client.intake import cache, ingest
 
     key = (site_folder / "key").read_bytes()
-    return [
-        Image(
-            record.patient,
-            record.label,
-            record.split or split_of(key, record.patient),
-            functools.partial(np.asarray, record.image),
-        )
-        for record in ingest.load_cohort_records(folder, key)
-    ]
+    images: list[Image] = []
+    left_out: list[str] = []
+    for name in cache.patients(folder):
+        try:
+            records = ingest.patient_records(folder, key, name)
+        except Exception as error:  # one spoilt file must not stop the others: see the module's docstring
+            left_out.append(f"{type(error).__name__}: {error}")
+            continue
+        for record in records:
+            load = functools.partial(_cached_image, record.image, (channels, *size))
+            images.append(Image(record.patient, record.label, record.split or split_of(key, record.patient), load))
+    return images, left_out
+
+
+def _cached_image(image_CHW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if image_CHW.shape != shape:
+        raise DataError(f"An image was cached as {image_CHW.shape}, the run wants {shape}.", remedy="Ingest again.")
+    return image_CHW
 
 
 def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Literal[1, 3]) -> np.ndarray:
@@ -158,35 +166,26 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     task, model_name, unit = json.loads(key)
     run = RunConfig.model_validate({"task": task, "model": {"name": model_name}})
     size = (run.task.image_size[0], run.task.image_size[1])
-    images = [i for i in images_of(site_folder, kind, folder, size, run.task.channels) if i.split == split]
+    found, left_out = images_of(site_folder, kind, folder, size, run.task.channels)
+    images = [image for image in found if image.split == split]
     images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
-    network = network_for(run)
-    parts: list[Tensor] = []
-    waiting: list[np.ndarray] = []
+    features = network_for(run).features
+    rows: list[Tensor] = []
     names: list[str] = []
     targets: list[int] = []
-    left_out: list[str] = []
-
-    def flush() -> None:
-        x_BCHW = torch.from_numpy(np.stack(waiting))
-        with torch.no_grad():
-            parts.append(network.features(x_BCHW) if network.features else x_BCHW)
-        waiting.clear()
-
     for number, image in enumerate(images):
         try:
-            target, x_CHW = label_index(image.label, run.task.labels), image.load()
-        except DataError as error:
-            left_out.append(str(error))
+            target, x_BCHW = label_index(image.label, run.task.labels), torch.from_numpy(image.load()[None])
+            # One image at a time: in a batch its features would depend, in the last bits, on whose images are beside
+            # it, and weights made for it could blow that up.
+            with torch.no_grad():
+                rows.append(features(x_BCHW) if features else x_BCHW)
+        except Exception as error:  # decoders raise many kinds on damaged files
+            left_out.append(f"{type(error).__name__}: {error}")
             continue
         names.append(f"{image.patient}/{number}" if unit == "image" else image.patient)
         targets.append(target)
-        waiting.append(x_CHW)
-        if len(waiting) == _FEATURE_BATCH:
-            flush()
-    if waiting:
-        flush()
-    inputs = torch.cat(parts) if parts else torch.zeros(0)
+    inputs = torch.cat(rows) if rows else torch.zeros(0)
     starts = [0] if names else []
     starts += [i for i in range(1, len(names)) if names[i] != names[i - 1]]
     offsets = np.array([*starts, len(names)], dtype=np.int64)

@@ -135,8 +135,8 @@ class Privacy(Section):
     @field_validator("delta")
     @classmethod
     def _delta(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and not 0 < value < 1e-2:
-            raise ValueError("delta must lie between 0 and 0.01")
+        if not isinstance(value, str) and not 1e-12 <= value < 1e-2:
+            raise ValueError("delta must lie between 1e-12 and 0.01")
         return value
 
     @field_validator("clip")

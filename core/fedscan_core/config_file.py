@@ -39,7 +39,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, not a RUN.toml.", remedy="To go on with a run, use --resume.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text.", remedy="Save it as UTF-8.") from None
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}.", remedy="Check the path and its permissions.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
@@ -55,8 +57,10 @@ def parse(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
-        text = "; ".join(dict.fromkeys(problems))
+        first: dict[str, str] = {}  # one problem for each key: a union reports one for each of its kinds
+        for item in error.errors():
+            first.setdefault(_key(item), _problem(item))
+        text = "; ".join(first.values())
         raise ConfigError(
             f"RUN.toml: {text}{'' if text.endswith('?') else '.'}", remedy="`fedscan config --explain` lists every key."
         ) from None
@@ -103,9 +107,18 @@ def _override(tree: dict[str, Any], text: str) -> None:
         tree[last] = value.strip()
 
 
+def _key(item: Any) -> str:
+    kinds = ("int", "float")
+    return ".".join(str(part) for part in item["loc"] if part not in kinds and not str(part).startswith("literal["))
+
+
 def _problem(item: Any) -> str:
-    loc = [str(part) for part in item["loc"] if part not in ("int", "float") and not str(part).startswith("literal[")]
-    key = ".".join(loc)
+    key = _key(item)
+    loc = key.split(".") if key else []
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"'{key}' is a section: write [{key}] and its keys below"
+    if item["type"] == "too_short":
+        return f"'{key}' needs at least {item['ctx']['min_length']} values"
     if item["type"] == "extra_forbidden":
         section = _section(loc[:-1])
         names = list(section.model_fields) if section else []

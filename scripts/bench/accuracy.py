@@ -106,7 +106,7 @@ def measure(task: str, arguments: argparse.Namespace, progress: Console) -> list
         built, seconds = prepare(base, Path(scratch) / "ours", progress)
         pixels = config_file.load(
             CONFIGS / f"{name}.toml",
-            [where, f"evaluation.split={arguments.split}", "model.name=cnn", "privacy.max_images_per_patient=1"],
+            [where, f"evaluation.split={arguments.split}", "model.name=cnn"],
         )
         raw, _ = prepare(pixels, Path(scratch) / "pixels", progress) if not arguments.no_example else ([], 0.0)
         for epsilon in EPSILONS:

@@ -113,7 +113,7 @@ def run_rounds(grid: Grid, job: Job) -> None:
             except WireError as error:
                 notes.append(f"{name}: {error}")
             if (answered := total.sites + len(notes)) < len(nodes):  # the last one is told with the round's record
-                low, high = _spent(run, plans, (round_ - 1) * run.train.local_steps)
+                low, high = _spent(run, plans, round_ * run.train.local_steps)  # the noise is drawn before it comes
                 job.watch(Progress("round", round_, run.train.rounds, answered, len(nodes), low, high))
         void = total.sites < needed
         state = _step(run, state, None if void else total, round_)

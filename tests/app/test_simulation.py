@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import fedscan
 from fedscan_client import app as client_app
+from fedscan_client import cohort
 from fedscan_client.dp import ledger
 from fedscan_core import config_file
 from fedscan_core.errors import ConfigError, DataError, FolderError, MissingExtra, RunFailed
@@ -290,3 +291,47 @@ def test_ray_missing_is_said_before_anything_is_made(run_for, table, tmp_path, m
     with pytest.raises(MissingExtra, match=r"fedscan\[ray\]"):
         fedscan.simulate(run_for(simulation={"backend": "ray"}), data=table, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_resume_without_the_images_is_refused_before_anything_is_spent(run_for, table, tmp_path):
+    stop, watch = stopped_after(1)
+    with pytest.raises(RunFailed):
+        fedscan.simulate(run_for(), data=table, out=tmp_path / "run", watch=watch, stop=stop)
+    before = (tmp_path / "run/sites/phantom_1/ledger.jsonl").read_bytes()
+    cohort.forget()
+    table.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="cannot be used"):
+        fedscan.resume(tmp_path / "run")
+    assert (tmp_path / "run/sites/phantom_1/ledger.jsonl").read_bytes() == before
+    (tmp_path / "elsewhere").rename(table)
+    assert fedscan.resume(tmp_path / "run")["rounds"] == 3
+
+
+def test_phantoms_follow_the_seed(run_for, tmp_path):
+    run = run_for(data={"source": "phantom"}, privacy={"enabled": False}, simulation={"sites": 2, "patients": 30})
+    for name in ("a", "b"):
+        fedscan.simulate(run, out=tmp_path / name)
+    assert same(model_of(tmp_path / "a"), model_of(tmp_path / "b"))
+
+
+def test_a_damaged_npz_is_named(run_for, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "x.npz", images=rng.integers(0, 256, (4, 16, 16)).astype(np.uint8))
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "x.npz").write_bytes(data)
+    rows = "".join(f"x.npz,{n},p{n},{n % 2}\n" for n in range(4))
+    (tmp_path / "metadata.csv").write_text("file,index,patient_id,label\n" + rows)
+    with pytest.raises(DataError, match=r"x\.npz"):
+        fedscan.simulate(run_for(), data=tmp_path, out=tmp_path / "run")
+
+
+def test_start_weights_are_found_again_from_another_folder(run_for, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fedscan.simulate(run_for(), data=table, out=tmp_path / "first")
+    run = run_for(model={"init": "first/model.safetensors"})
+    stop, watch = stopped_after(1)
+    with pytest.raises(RunFailed):
+        fedscan.simulate(run, data=table, out=tmp_path / "run", watch=watch, stop=stop)
+    monkeypatch.chdir("/")
+    assert fedscan.resume(tmp_path / "run")["rounds"] == 3

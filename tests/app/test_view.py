@@ -90,7 +90,7 @@ def test_the_summary_names_every_site_and_what_the_figures_are(private):
         },
     }
     out = io.StringIO()
-    view.show_summary(summary, Console(file=out, width=120))
+    view.show_summary(summary, "runs/seen", Console(file=out, width=120))
     text = out.getvalue()
     for part in ("north", "south (never trains)", "0.912", "simulation only", "0.880", "1 rounds had too few"):
         assert part in text
@@ -111,6 +111,6 @@ def test_many_sites_are_shortened():
         "metrics": {},
     }
     out = io.StringIO()
-    view.show_summary(summary, Console(file=out, width=120))
+    view.show_summary(summary, "runs/seen", Console(file=out, width=120))
     assert "501 more" in out.getvalue()
     assert len(out.getvalue().splitlines()) < 25

@@ -138,7 +138,7 @@ def test_two_rounds_and_an_older_one(here, run):
     assert not any((first[n] == second[n]).all() for n in first)  # fresh noise
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"  # gone, and never made anew
     assert ask(here, "train", run, round_=2, model=weights(run)).status == "ok"
-    assert len(list((here.folder / "outbox").iterdir())) == 1
+    assert len(list((here.folder / "outbox").glob("*/*"))) == 1
 
 
 @pytest.mark.parametrize("round_", [-1, 0, 4, 10**6])
@@ -282,7 +282,7 @@ def test_the_answer_is_on_disk_before_it_is_settled_and_settled_before_it_is_sen
     steps, settle, record = [], ledger.settle, egress.record
 
     def settling(path, run_id, round_, output_sha):
-        (answer,) = (here.folder / "outbox").iterdir()
+        (answer,) = (here.folder / "outbox").glob("*/*")
         assert wire.fingerprint(load_file(answer)) == output_sha
         steps.append("settle")
         settle(path, run_id, round_, output_sha)
@@ -334,3 +334,19 @@ def test_a_run_without_privacy_repeats_itself_and_touches_no_ledger(make_site, m
         assert not here.ledger.exists()
         assert ask(here, "evaluate", run, model=weights(run)).status == "failed"
     assert wire.fingerprint(updates[0]) == wire.fingerprint(updates[1])
+
+
+def test_two_runs_at_once_each_get_their_own_bytes_again(here, run):
+    asked = {"model": weights(run), "round_": 1}
+    for run_id in ("first", "second"):
+        assert ask(here, "query", run, run_id=run_id).status == "ok"
+    one = ask(here, "train", run, run_id="first", **asked).update
+    assert ask(here, "train", run, run_id="second", **asked).status == "ok"
+    again = ask(here, "train", run, run_id="first", **asked).update
+    assert all((one[name] == again[name]).all() for name in one)
+
+
+def test_a_release_without_privacy_is_recorded_too(here, make_run):
+    run = make_run(privacy={"enabled": False})
+    update = ask(here, "train", run, round_=1, model=weights(run)).update
+    assert [record["sha256"] for record in released(here)] == [wire.fingerprint(update)]

@@ -195,3 +195,37 @@ def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_si
     patients = load_patients(site, make_run(), "train")
     first = np.random.default_rng(pseudonyms.index(patients.ids[0])).random((2, 1, 16, 16), np.float32)
     assert torch.equal(patients.inputs[:2], torch.from_numpy(first))
+
+
+@pytest.mark.parametrize("size", [[33, 47], [50, 50], [37, 41], [64, 64]])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_features_do_not_depend_on_who_else_is_in_the_cohort(make_site, make_run, tmp_path, size, channels):
+    """Bit for bit: weights made for it could blow up what rounding leaves of other patients."""
+    rows = [(f"p{number:02d}", ("well", "ill")[number % 2], "train", number) for number in range(12)]
+    run = make_run(model={"name": "scatter"}, task={"image_size": size, "channels": channels})
+    everybody = cohort.load_patients(make_site(tmp_path / "all", rows=rows), run, "train")
+    for gone in (0, 5):
+        fewer = cohort.load_patients(
+            make_site(tmp_path / f"less{gone}", rows=rows[:gone] + rows[gone + 1 :]), run, "train"
+        )
+        kept = [number for number in range(12) if number != gone]
+        assert torch.equal(everybody.inputs[kept], fewer.inputs)
+
+
+def test_a_cache_that_does_not_fit_leaves_images_out_and_raises_nothing(make_site, make_run, tmp_path):
+    from fedscan_client.intake import cache
+
+    site, key = make_site(tmp_path / "site"), bytes(range(32))
+    (site.folder / "key").write_bytes(key)
+    site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
+    assert len(cohort.load_patients(site, make_run(), "train")) == 0  # no cache at all
+    cohort.forget()
+    meta = {"label": "ill", "split": "train", "sex": "", "age": None, "group": {}}
+    for number, side in enumerate([16, 16, 20]):
+        images = np.zeros((1, 1, side, side), np.float32)
+        cache.write_patient(site.folder / "cache", key, f"{number:032x}", cache.Payload({"images": images}, [meta]))
+    altered = site.folder / "cache" / "patients" / f"{1:032x}.enc"
+    altered.write_bytes(altered.read_bytes()[:-1])
+    found = cohort.load_patients(site, make_run(), "train")
+    assert found.ids == (f"{0:032x}",)
+    assert len(found.left_out) == 2

@@ -93,7 +93,7 @@ def test_overrides_that_say_nothing(tmp_path, override, word):
         ("folder", "is a folder"),
         (b"name = unquoted", "not valid TOML"),
         (b'name = "a"\nname = "b"', "not valid TOML"),
-        (b'name = "\xff"', "cannot be read"),
+        (b'name = "\xff"', "not UTF-8"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, content, word):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 MARGIN = 1e-3
 _GRADIENT_BYTES = 512 * 2**20  # per-row gradients held at once, about
 _MOST_ROWS = 256
+_ROWS_AT_ONCE = 64  # of one unit in the plain loop: bounds memory whatever the unit holds
 
 LossRows = Callable[[Tensor, Tensor], Tensor]  # (outputs_BK, targets_B) -> loss_B
 Clip = float | Literal["auto"]
@@ -144,9 +145,14 @@ def _by_loop(
     rows: list[list[Tensor]] = []
     first = 0
     for size in sizes:
-        own = x_B[first : first + size].clone()  # a slice's place in memory can choose another kernel
-        loss = loss_rows(module(own), y_B[first : first + size]).mean()
-        gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        rows.append([part.reshape(-1) for part in gradient])
+        total = [parameter.new_zeros(parameter.numel()) for parameter in parameters]
+        for begin in range(first, first + size, _ROWS_AT_ONCE):
+            part = slice(begin, min(begin + _ROWS_AT_ONCE, first + size))
+            own = x_B[part].clone()  # a slice's place in memory can choose another kernel
+            loss = loss_rows(module(own), y_B[part]).sum() / size
+            gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            for so_far, more in zip(total, gradient, strict=True):
+                so_far += more.reshape(-1)
+        rows.append(total)
         first += size
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]

@@ -33,20 +33,26 @@ class Budget:
     delta: float
 
 
-def open_ledger(path: Path, budget: Budget) -> None:
-    """Creates the ledger, or checks that the one there has this budget.
+def open_ledger(path: Path, budget: Budget, patients_declared: int) -> None:
+    """Creates the ledger, or checks that the one there has this budget and this declared cohort size.
 
     Raises:
-        RecordDamaged: the chain is broken, or it was opened with another budget (a lifetime budget never changes).
+        RecordDamaged: the chain is broken, or it was opened with another budget or declared size.
     """
     with auditlog.exclusive(path):
         records = auditlog.read(path)
         if not records:
-            auditlog.append(path, {"kind": "open", "gate": "sum", **dataclasses.asdict(budget)})
+            opened = {"kind": "open", "gate": "sum", "patients_declared": patients_declared}
+            auditlog.append(path, {**opened, **dataclasses.asdict(budget)})
         elif Budget(records[0]["epsilon"], records[0]["delta"]) != budget:
             raise RecordDamaged(
                 f"{path} was opened with epsilon {records[0]['epsilon']:g}, not {budget.epsilon:g}.",
                 remedy="A lifetime budget never changes; put the old value back.",
+            )
+        elif records[0]["patients_declared"] != patients_declared:
+            raise RecordDamaged(
+                f"{path} was opened for {records[0]['patients_declared']} declared patients, not {patients_declared}.",
+                remedy="The declared size is constant for a ledger: one that follows the cohort would tell about it.",
             )
 
 

@@ -179,17 +179,25 @@ def load_cohort_records(out: Path, key: bytes) -> list[Record]:
         DataError: there is no cache, the key is another, a file was altered, or image sizes are
             mixed.
     """
-    records: list[Record] = []
-    for name in cache.patients(out):
-        payload = cache.read_patient(out, key, name)
-        for meta, image in zip(payload.meta, payload.arrays["images"], strict=True):
-            group = meta["group"]
-            records.append(Record(name, meta["label"], meta["split"], meta["sex"], meta["age"], group, image))
+    records = [record for name in cache.patients(out) for record in patient_records(out, key, name)]
     if not records:
         raise DataError(f"There is no cached patient in {out}.", remedy="Ingest the hospital's images first.")
     if len({record.image.shape for record in records}) > 1:
         raise DataError(f"The cache {out} holds images of several sizes.", remedy="Ingest again.")
     return records
+
+
+def patient_records(out: Path, key: bytes, name: str) -> list[Record]:
+    """One cached patient's images.
+
+    Raises:
+        DataError: not in the cache, another key, or a file that was altered.
+    """
+    payload = cache.read_patient(out, key, name)
+    return [
+        Record(name, meta["label"], meta["split"], meta["sex"], meta["age"], meta["group"], image)
+        for meta, image in zip(payload.meta, payload.arrays["images"], strict=True)
+    ]
 
 
 def _index(source_dir: Path, refused: Counter[str]) -> tuple[dict[str, list[_Entry]], frozenset[str]]:

@@ -11,7 +11,6 @@ DICOM: PS3.3 C.11.1 (rescale), C.11.2.1.2 (window), C.7.6.3.1.2 (MONOCHROME1 is 
 import functools
 import io
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +81,9 @@ def _npz_images(path: Path, _mtime: int, _bytes: int) -> NDArray[Any]:
             if not hasattr(archive, "files") or "images" not in archive.files:
                 raise DataError(f"{path.name} has no array 'images'.", remedy="Save it with that key.")
             images = np.asarray(archive["images"])
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+    except DataError:
+        raise
+    except Exception:  # numpy, zipfile and zlib raise many kinds on a damaged file
         raise DataError(f"{path.name} cannot be read as npz.", remedy="Save it with numpy.savez.") from None
     if images.ndim not in (3, 4) or 0 in images.shape[1:] or images.shape[3:] not in ((), (1,), (3,), (4,)):
         raise DataError(

@@ -31,7 +31,7 @@ def plan(epsilon=2.0, delta=1e-5, **changes):
 @pytest.fixture
 def path(tmp_path):
     """A ledger of (8, 1e-4) with one admitted run, "a"."""
-    open_ledger(tmp_path / "ledger.jsonl", Budget(8.0, 1e-4))
+    open_ledger(tmp_path / "ledger.jsonl", Budget(8.0, 1e-4), 640)
     admit(tmp_path / "ledger.jsonl", "a", PLAN, **CONFIG)
     return tmp_path / "ledger.jsonl"
 
@@ -120,7 +120,7 @@ def test_the_sum_over_all_plans_ever_admitted_stays_within_the_budget(wishes):
     with tempfile.TemporaryDirectory() as folder:
         path, spent, delta_spent, seen = Path(folder) / "ledger.jsonl", 0.0, 0.0, set()
         for name, epsilon, delta in wishes:
-            open_ledger(path, Budget(8.0, 1e-4))
+            open_ledger(path, Budget(8.0, 1e-4), 640)
             fits = spent + epsilon <= 8.0 and delta_spent + delta <= 1e-4
             try:
                 admit(path, name, plan(epsilon, delta), **CONFIG)
@@ -139,8 +139,8 @@ def test_the_sum_over_all_plans_ever_admitted_stays_within_the_budget(wishes):
 def test_a_lifetime_budget_never_changes(path, other):
     before = path.read_bytes()
     with pytest.raises(RecordDamaged, match="opened with"):
-        open_ledger(path, other)
-    open_ledger(path, Budget(8.0, 1e-4))
+        open_ledger(path, other, 640)
+    open_ledger(path, Budget(8.0, 1e-4), 640)
     assert path.read_bytes() == before
 
 
@@ -160,7 +160,7 @@ def test_damage_is_refused_by_every_door(path, line, how):
         lines[line] = b"\x00\xff\n"
     path.write_bytes(b"".join(lines))
     doors = (
-        lambda: open_ledger(path, Budget(8.0, 1e-4)),
+        lambda: open_ledger(path, Budget(8.0, 1e-4), 640),
         lambda: admit(path, "b", PLAN, **CONFIG),
         lambda: reserve(path, "a", 2, **ASKED),
         lambda: summary(path),
@@ -194,7 +194,7 @@ def test_every_entry_is_on_disk_before_the_call_returns(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(os, "fsync", fsync)
     steps = {
-        "open": lambda: open_ledger(path, Budget(8.0, 1e-4)),
+        "open": lambda: open_ledger(path, Budget(8.0, 1e-4), 640),
         "plan": lambda: admit(path, "a", PLAN, **CONFIG),
         "reserve": lambda: reserve(path, "a", 1, **ASKED),
         "settle": lambda: settle(path, "a", 1, "o" * 64),
@@ -227,7 +227,7 @@ def test_every_look_and_entry_is_made_under_the_lock(tmp_path, monkeypatch):
         pass
     monkeypatch.setattr(auditlog, "read", watched(auditlog.read))
     monkeypatch.setattr(auditlog, "append", watched(auditlog.append))
-    open_ledger(path, Budget(8.0, 1e-4))
+    open_ledger(path, Budget(8.0, 1e-4), 640)
     admit(path, "a", PLAN, **CONFIG)
     reserve(path, "a", 1, **ASKED)
     settle(path, "a", 1, "o" * 64)
@@ -244,7 +244,7 @@ def _try_to_admit(path, number):
 
 def test_two_processes_cannot_spend_the_same_budget(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    open_ledger(path, Budget(8.0, 1e-3))
+    open_ledger(path, Budget(8.0, 1e-3), 640)
     with multiprocessing.get_context("fork").Pool(4) as pool:
         admitted = pool.starmap(_try_to_admit, [(str(path), n) for n in range(8)])
     assert sum(admitted) == 2 and summary(path)["committed"]["epsilon"] == 6.0
@@ -264,3 +264,10 @@ def test_summary_counts_what_was_reserved_and_settled(path):
 
 def test_the_ledger_is_for_its_owner_only(path):
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_declared_size_is_constant_for_a_ledger(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    open_ledger(path, Budget(8.0, 1e-4), 640)
+    with pytest.raises(RecordDamaged, match="640 declared patients, not 641"):
+        open_ledger(path, Budget(8.0, 1e-4), 641)
