@@ -289,6 +289,7 @@ def check_site(run: RunConfig, site: Site, trains: bool) -> None:
     for split in dict.fromkeys(("train", *splits(run, trains)) if trains else splits(run, trains)):
         patients = cohort.load_patients(site, run, split)
         if patients.left_out:
+            cohort.forget()  # they may be there at the next try
             raise DataError(
                 f"Site '{site.name}': {len(patients.left_out)} images cannot be used, first: {patients.left_out[0]}"
             )

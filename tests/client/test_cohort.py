@@ -205,9 +205,8 @@ def test_features_do_not_depend_on_who_else_is_in_the_cohort(make_site, make_run
     run = make_run(model={"name": "scatter"}, task={"image_size": size, "channels": channels})
     everybody = cohort.load_patients(make_site(tmp_path / "all", rows=rows), run, "train")
     for gone in (0, 5):
-        fewer = cohort.load_patients(
-            make_site(tmp_path / f"less{gone}", rows=rows[:gone] + rows[gone + 1 :]), run, "train"
-        )
+        others = make_site(tmp_path / f"less{gone}", rows=rows[:gone] + rows[gone + 1 :])
+        fewer = cohort.load_patients(others, run, "train")
         kept = [number for number in range(12) if number != gone]
         assert torch.equal(everybody.inputs[kept], fewer.inputs)
 
@@ -220,7 +219,7 @@ def test_a_cache_that_does_not_fit_leaves_images_out_and_raises_nothing(make_sit
     site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
     assert len(cohort.load_patients(site, make_run(), "train")) == 0  # no cache at all
     cohort.forget()
-    meta = {"label": "ill", "split": "train", "sex": "", "age": None, "group": {}}
+    meta: dict[str, Any] = {"label": "ill", "split": "train", "sex": "", "age": None, "group": {}}
     for number, side in enumerate([16, 16, 20]):
         images = np.zeros((1, 1, side, side), np.float32)
         cache.write_patient(site.folder / "cache", key, f"{number:032x}", cache.Payload({"images": images}, [meta]))
