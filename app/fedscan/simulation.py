@@ -41,7 +41,7 @@ from fedscan_core import config, config_file, files
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError, FolderError, MissingExtra, RunFailed
 from fedscan_core.wire import Arrays
-from fedscan_models import tasks
+from fedscan_models import registry, tasks
 from fedscan_server import app as server_app
 from fedscan_server import tracking
 from fedscan_server.app import Job, Progress
@@ -216,7 +216,7 @@ def _open(folders: tuple[Path, ...], context: Context) -> Site:
 
 def _judge(run: RunConfig, folder: Path, state: _Federation, model: Arrays) -> dict[str, Any]:
     """Exact metrics on the pretend sites' held-out patients; the pooled ones are over the sites that train."""
-    network = cohort.network_for(run)
+    network = registry.for_run(run)
     network.module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in model.items()})
     scores: dict[str, np.ndarray] = {}
     targets: dict[str, np.ndarray] = {}

@@ -24,6 +24,7 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
+from fedscan_models import registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
 
@@ -88,7 +89,7 @@ def _train(here: Site, request: Request) -> Reply:
         raise WireError(f"Round {request.round} is not one of the run's {run.train.rounds}.")
 
     def work() -> Arrays:
-        network = cohort.network_for(run)
+        network = registry.for_run(run)
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, "train")
         delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
@@ -106,7 +107,7 @@ def _evaluate(here: Site, request: Request) -> Reply:
         raise WireError("The run has no private evaluation.")
 
     def work() -> Arrays:
-        network = cohort.network_for(run)
+        network = registry.for_run(run)
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, run.evaluation.split)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)

@@ -24,8 +24,7 @@ from fedscan_client.intake import pixels
 from fedscan_client.site import Site
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import DataError
-from fedscan_models import tasks
-from fedscan_models.registry import ModelShape, Network, build, select_trainable
+from fedscan_models import registry
 
 TABLE = "cohort.csv"
 COLUMNS = ("file", "index", "patient_id", "label", "split", "sex", "age")
@@ -62,14 +61,6 @@ class Image:
     label: str
     split: str
     load: functools.partial[np.ndarray]
-
-
-def network_for(run: RunConfig) -> Network:
-    """The run's network with fresh weights from its seed, its trainable part selected."""
-    shape = ModelShape(run.task.channels, run.task.image_size, tasks.outputs(run.task.labels))
-    network = build(run.model.name, shape, seed=run.train.seed)
-    select_trainable(network.module, network.head, run.model.trainable)
-    return network
 
 
 def label_index(text: str, labels: Sequence[str]) -> int:
@@ -169,7 +160,7 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     found, left_out = images_of(site_folder, kind, folder, size, run.task.channels)
     images = [image for image in found if image.split == split]
     images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
-    features = network_for(run).features
+    features = registry.for_run(run).features
     rows: list[Tensor] = []
     names: list[str] = []
     targets: list[int] = []

@@ -22,8 +22,8 @@ _BATCH = 256
 
 
 def shape(run: RunConfig) -> tuple[int, int, int]:
-    """[score of class, true or not, bins]: one 2 x bins histogram per class score (binary: one in all)."""
-    return (tasks.outputs(run.task.labels), 2, run.evaluation.bins)
+    """Shape of what `noisy_histogram` returns."""
+    return tasks.histogram_shape(run.task.labels, run.evaluation.bins)
 
 
 def predict(module: nn.Module, patients: Patients) -> Tensor:

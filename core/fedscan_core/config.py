@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedscan_core.errors import ConfigError
 
-# Below this the answer would be almost pure noise; above, a calibrated run is beyond use (DESIGN.md section 3).
+# Below this the answer would be almost pure noise; above, a calibrated run is beyond use.
 MIN_EPSILON = 0.01
 MAX_NOISE_MULTIPLIER = 100.0
 
@@ -86,7 +86,7 @@ class Model(Section):
 
 
 class Privacy(Section):
-    """The guarantee: (epsilon, delta)-DP per site for adding or removing one patient. DESIGN.md section 3."""
+    """The guarantee: (epsilon, delta)-DP per site for adding or removing one patient."""
 
     enabled: bool = Field(
         True,

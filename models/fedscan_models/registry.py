@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError
-from fedscan_models import classifiers, dp_ready, scatter, segmenters
+from fedscan_models import classifiers, dp_ready, scatter, segmenters, tasks
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -122,6 +123,14 @@ def build(name: str, shape: ModelShape, *, seed: int = 0) -> Network:
         torch.default_generator.manual_seed(seed)
         network = MODELS[name](shape)
     dp_ready.check(network.module)
+    return network
+
+
+def for_run(run: RunConfig) -> Network:
+    """A run's network with fresh weights from its seed and its trainable part selected: the same at every site."""
+    shape = ModelShape(run.task.channels, run.task.image_size, tasks.outputs(run.task.labels))
+    network = build(run.model.name, shape, seed=run.train.seed)
+    select_trainable(network.module, network.head, run.model.trainable)
     return network
 
 

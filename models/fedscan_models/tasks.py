@@ -37,6 +37,11 @@ def outputs(labels: Sequence[str]) -> int:
     return 1 if len(labels) == 2 else len(labels)
 
 
+def histogram_shape(labels: Sequence[str], bins: int) -> tuple[int, int, int]:
+    """[score of class, true or not, bins]: one 2 x bins histogram per class score (two labels: one in all)."""
+    return (outputs(labels), 2, bins)
+
+
 def loss_rows(logits_BK: Tensor, target_B: Tensor) -> Tensor:
     """Cross-entropy of each sample by itself: [B]. A sample's value depends on no other sample.
 

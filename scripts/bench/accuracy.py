@@ -42,7 +42,7 @@ from fedscan_client import site as sites
 from fedscan_client.site import Site
 from fedscan_core import accounting, config_file
 from fedscan_core.config import RunConfig
-from fedscan_models import tasks
+from fedscan_models import registry, tasks
 from fedscan_server import app as server_app
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -157,7 +157,7 @@ def ours(run: RunConfig, built: list[Site], epsilon: float | None, scratch: Path
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     server_app.make_app(job)(InlineGrid(app, len(built)), context)
     seconds = time.process_time() - began
-    network = cohort.network_for(run)
+    network = registry.for_run(run)
     model = load_file(folder / "model.safetensors")
     network.module.load_state_dict({name: torch.from_numpy(array) for name, array in model.items()})
     return scored(network.module, run, built) | {"seconds": seconds}
@@ -198,7 +198,12 @@ def scored(module: nn.Module, run: RunConfig, built: list[Site]) -> dict[str, An
     scores = np.concatenate([evaluate.predict(module, part).numpy()[:, 0] for part in held])
     targets = np.concatenate([part.targets.numpy() for part in held])
     patients = np.concatenate([np.repeat(np.array(part.ids), np.diff(part.offsets)) for part in held])
-    return {"scores": scores, "targets": targets, "patients": patients, "auroc": tasks.auroc(scores, targets)}
+    per_site = {}
+    for site, part in zip(built, held, strict=True):
+        if len(part.targets.unique()) == 2:  # undefined where a label is missing
+            per_site[site.name] = tasks.auroc(evaluate.predict(module, part).numpy()[:, 0], part.targets.numpy())
+    pooled = tasks.auroc(scores, targets)
+    return {"scores": scores, "targets": targets, "patients": patients, "auroc": pooled, "per_site": per_site}
 
 
 def row(
@@ -215,6 +220,9 @@ def row(
         "auroc_min": min(run["auroc"] for run in runs),
         "auroc_max": max(run["auroc"] for run in runs),
         "auroc_interval": [low, high],
+        "auroc_per_site": {
+            name: statistics.median(run["per_site"][name] for run in runs) for name in runs[0]["per_site"]
+        },
         "repeats": len(runs),
         "train_cpu_seconds": round(statistics.median(run["seconds"] for run in runs), 1),
     }
@@ -231,7 +239,9 @@ def row(
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """The table for people."""
-    table = Table("task", "method", "epsilon", "AUROC median", "min to max", "95 % interval", "minus example", "CPU s")
+    table = Table(
+        "task", "method", "epsilon", "AUROC", "min to max", "95 % interval", "minus example", "per site", "CPU s"
+    )
     for found in rows:
         low, high = found["auroc_interval"]
         difference = found.get("difference_to_example")
@@ -243,6 +253,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             f"{found['auroc_min']:.4f} to {found['auroc_max']:.4f}",
             f"{low:.3f} to {high:.3f}",
             f"{difference[0]:+.3f} ({difference[1]:+.3f} to {difference[2]:+.3f})" if difference else "",
+            ", ".join(f"{name} {value:.3f}" for name, value in found["auroc_per_site"].items()),
             f"{found['feature_cpu_seconds'] + found['train_cpu_seconds']:.0f}",
         )
     console.print(table)

@@ -24,8 +24,7 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, RunFailed, WireError
 from fedscan_core.wire import Arrays, Reply, Request
-from fedscan_models import tasks
-from fedscan_models.registry import ModelShape, build, select_trainable
+from fedscan_models import registry
 from fedscan_server import aggregate, checkpoint, evaluate, tracking
 from fedscan_server.checkpoint import Checkpoint
 
@@ -155,9 +154,7 @@ def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
     Raises:
         ConfigError: the file is missing, is no safetensors file, or does not fit the network.
     """
-    shape = ModelShape(run.task.channels, run.task.image_size, tasks.outputs(run.task.labels))
-    network = build(run.model.name, shape, seed=run.train.seed)
-    select_trainable(network.module, network.head, run.model.trainable)
+    network = registry.for_run(run)
     trainable = frozenset(name for name, p in network.module.named_parameters() if p.requires_grad)
     model: Arrays = {name: tensor.numpy().copy() for name, tensor in network.module.state_dict().items()}
     if run.model.init == "random":

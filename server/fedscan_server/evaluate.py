@@ -16,7 +16,7 @@ _LIMIT = 2.0**40  # more patients than there are
 
 def fits(run: RunConfig, histogram: np.ndarray | None) -> bool:
     """Whether a reply's histogram has the declared shape and type, is finite and within bounds."""
-    shape = (tasks.outputs(run.task.labels), 2, run.evaluation.bins)
+    shape = tasks.histogram_shape(run.task.labels, run.evaluation.bins)
     if histogram is None or histogram.shape != shape or histogram.dtype != np.float64:
         return False
     return bool((np.abs(histogram) < _LIMIT).all())  # false for NaN

@@ -15,6 +15,7 @@ from fedscan_client.dp import ledger
 from fedscan_client.gate import egress
 from fedscan_core import accounting, auditlog, config, wire
 from fedscan_core.wire import Request
+from fedscan_models import registry
 
 # "canary" is in every patient's id and every picture's name; the rest are in every path of a site.
 INSIDE = ("canary", ".png", ".jsonl", ".toml", "pytest-of", "Error")
@@ -40,7 +41,7 @@ def ask(here, kind, run, *, round_=0, model=None, run_id="demo"):
 
 def weights(run, seed=0):
     changed = run.model_copy(update={"train": run.train.model_copy(update={"seed": seed})})
-    return {n: t.numpy() for n, t in cohort.network_for(changed).module.state_dict().items()}
+    return {n: t.numpy() for n, t in registry.for_run(changed).module.state_dict().items()}
 
 
 def kinds(here):

@@ -13,7 +13,7 @@ from fedscan_client.cohort import TABLE, load_patients, split_of
 from fedscan_client.intake import pixels
 from fedscan_client.site import Source
 from fedscan_core.errors import DataError
-from fedscan_models import scatter
+from fedscan_models import registry, scatter
 
 ROWS = [  # on purpose not patient by patient
     ("b", "ill", "train", 0),
@@ -161,12 +161,10 @@ def test_split_shares():
 
 def test_a_network_has_its_weights_from_the_seed_and_its_trainable_part(make_run):
     def weights(**train):
-        return torch.cat(
-            [p.detach().reshape(-1) for p in cohort.network_for(make_run(train=train)).module.parameters()]
-        )
+        return torch.cat([p.detach().reshape(-1) for p in registry.for_run(make_run(train=train)).module.parameters()])
 
     assert torch.equal(weights(seed=3), weights(seed=3)) and not torch.equal(weights(seed=3), weights(seed=4))
-    head = cohort.network_for(make_run(model={"name": "cnn", "trainable": "head"})).module
+    head = registry.for_run(make_run(model={"name": "cnn", "trainable": "head"})).module
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 

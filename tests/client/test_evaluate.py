@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from fedscan_client import cohort, evaluate
+from fedscan_client import evaluate
 from fedscan_client.cohort import Patients
 from fedscan_core.accounting import SitePlan
-from fedscan_models import tasks
+from fedscan_models import registry, tasks
 
 FAINT = 1e-9  # noise that the eye of a test does not see
 
@@ -61,7 +61,7 @@ LABELS = {1: ["well", "ill"], 3: ["well", "ill", "other"]}
 @pytest.mark.parametrize("classes", [1, 3])
 def test_without_noise_it_is_the_weighted_histogram(make_run, make_patients, classes):
     run = make_run(task={"labels": LABELS[classes]}, evaluation={"bins": 7})
-    module, patients = cohort.network_for(run).module, make_patients([3, 1, 2], labels=len(LABELS[classes]))
+    module, patients = registry.for_run(run).module, make_patients([3, 1, 2], labels=len(LABELS[classes]))
     scores = evaluate.predict(module, patients).double().numpy()
     weights = np.array([1 / 3] * 3 + [1.0] + [1 / 2] * 2) / math.sqrt(classes)
     found = evaluate.noisy_histogram(module, patients, run, plan())
@@ -85,7 +85,7 @@ def test_one_patient_changes_it_by_at_most_one(make_run, make_patients, sizes, c
     """L2, through the network; 1e38 makes some scores no number."""
     run = make_run(task={"labels": LABELS[classes]}, evaluation={"bins": bins})
     patients = make_patients(sizes, labels=len(LABELS[classes]), seed=len(sizes))
-    module = cohort.network_for(run).module
+    module = registry.for_run(run).module
     with torch.no_grad():
         module.get_parameter("head.weight").mul_(loud)
     rest = without(patients, data.draw(st.integers(0, len(sizes) - 1)))
@@ -96,7 +96,7 @@ def test_one_patient_changes_it_by_at_most_one(make_run, make_patients, sizes, c
 def test_a_model_made_to_amplify_rounding_does_not_move_the_others(make_run, make_patients):
     """Its logits are what rounding leaves of numbers that cancel: in a common batch, a matter of who else is in it."""
     run, patients = make_run(evaluation={"bins": 20}), make_patients([1, 2, 1, 1, 1, 1, 1])
-    module = cohort.network_for(run).module
+    module = registry.for_run(run).module
     with torch.no_grad():
         f = nn.Sequential(*list(module.children())[:-1])(patients.inputs).double()
         v = torch.randn(1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -111,7 +111,7 @@ def test_a_model_made_to_amplify_rounding_does_not_move_the_others(make_run, mak
 @pytest.mark.parametrize("who", [[], [2, 1, 1]])
 def test_every_entry_gets_the_plans_noise_whoever_is_there(make_run, make_patients, who):
     run = make_run(task={"labels": LABELS[3]}, evaluation={"bins": 1000})
-    module, patients = cohort.network_for(run).module, make_patients(who, labels=3)
+    module, patients = registry.for_run(run).module, make_patients(who, labels=3)
     exact = evaluate.noisy_histogram(module, patients, run, plan())
     z = (evaluate.noisy_histogram(module, patients, run, plan(2.5)) - exact).ravel() / 2.5
     assert z.size == 6000 and stats.kstest(z, "norm").pvalue > 1e-7
@@ -120,13 +120,13 @@ def test_every_entry_gets_the_plans_noise_whoever_is_there(make_run, make_patien
 
 def test_noise_is_fresh(make_run, make_patients):
     run = make_run()
-    module, patients = cohort.network_for(run).module, make_patients([1, 2])
+    module, patients = registry.for_run(run).module, make_patients([1, 2])
     first, second = (evaluate.noisy_histogram(module, patients, run, plan(1.0)) for _ in range(2))
     assert not (first == second).any()
 
 
 def test_predict_is_in_evaluation_mode_and_keeps_the_order(make_run, make_patients):
-    network, patients = cohort.network_for(make_run()), make_patients([2, 300])
+    network, patients = registry.for_run(make_run()), make_patients([2, 300])
     module = nn.Sequential(nn.Dropout(0.9), network.module).train()
     scores = evaluate.predict(module, patients)
     assert scores.shape == (302, 1) and not module.training

@@ -12,7 +12,7 @@ from scipy import stats
 from fedscan_client import cohort, train
 from fedscan_client.dp.noise import SecretStream
 from fedscan_core.accounting import SitePlan
-from fedscan_models import tasks
+from fedscan_models import registry, tasks
 
 ROUND: dict[str, Any] = {"round_": 1, "site": "north"}
 SIZES = [3, 1, 2, 1, 4]
@@ -62,7 +62,7 @@ def close(delta, expected, relative=1e-4):
 )
 def test_without_noise_and_clipping_it_is_plain_descent(make_run, make_patients, settings, sections, mu, engine):
     run = make_run(privacy={"clip": 1e4, "engine": engine}, train={"learning_rate": 0.5, **settings}, **sections)
-    network, patients = cohort.network_for(run), make_patients(SIZES)
+    network, patients = registry.for_run(run), make_patients(SIZES)
     expected = reference(network.module, patients, run, 20.0, mu=mu)
     delta = train.train_round(network.module, patients, run, plan(), **ROUND)
     assert list(delta) == [n for n, p in network.module.named_parameters() if p.requires_grad]
@@ -73,7 +73,7 @@ def test_without_noise_and_clipping_it_is_plain_descent(make_run, make_patients,
 def test_the_proximal_pull_makes_a_difference(make_run, make_patients):
     """What the fedprox case above compares is not the same with and without the pull."""
     run = make_run(train={"learning_rate": 0.5, "local_steps": 3})
-    network, patients = cohort.network_for(run), make_patients(SIZES)
+    network, patients = registry.for_run(run), make_patients(SIZES)
     free, pulled = (reference(network.module, patients, run, 20.0, mu=mu) for mu in (0.0, 0.7))
     assert (free - pulled).norm() > 0.05 * free.norm()
 
@@ -82,7 +82,7 @@ def test_adam_takes_its_first_step(make_run, make_patients):
     run = make_run(
         privacy={"clip": 1e4}, train={"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 0.1}, model={}
     )
-    network, patients = cohort.network_for(run), make_patients(SIZES)
+    network, patients = registry.for_run(run), make_patients(SIZES)
     before = torch.cat([p.detach().reshape(-1) for p in network.module.parameters()])
     plain = make_run(train={"learning_rate": 1.0})
     gradient = -reference(network.module, patients, plain, 20.0)
@@ -97,7 +97,7 @@ def test_the_divisor_is_public(make_run, make_patients, rate, declared):
     """Rate times declared size: neither how many patients there are nor how many were drawn."""
     run = make_run(privacy={"clip": 1e4}, train={"learning_rate": 0.5})
     for sizes in ([2, 1], SIZES):
-        network, patients = cohort.network_for(run), make_patients(sizes)
+        network, patients = registry.for_run(run), make_patients(sizes)
         expected = reference(network.module, patients, run, rate * declared)
         assert close(
             train.train_round(network.module, patients, run, plan(rate=rate, declared=declared), **ROUND), expected
@@ -113,7 +113,7 @@ def test_one_patient_moves_the_update_by_at_most_c_over_the_divisor(make_run, ma
     bound = (1.0 if clip == "auto" else clip) / 20
     sizes = [3, 8, 1]
     everybody = make_patients(sizes, seed=3)
-    before = cohort.network_for(run)
+    before = registry.for_run(run)
     with torch.no_grad():
         before.module.get_parameter("head.weight").mul_(30)  # every patient's gradient is longer than C
     largest = 0.0
@@ -145,7 +145,7 @@ def test_an_empty_sample_still_takes_its_noisy_step(make_run, make_patients, cli
     run = make_run(privacy={"clip": clip}, train={"learning_rate": 1.0, "local_steps": steps})
     rate = 1.0 if who == "nobody" else 1e-12
     patients = make_patients([] if who == "nobody" else SIZES)
-    module = cohort.network_for(run).module
+    module = registry.for_run(run).module
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()  # so that the weights round nothing away
@@ -170,7 +170,7 @@ def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypa
         torch.manual_seed(0)
         np.random.seed(0)
         updates.append(
-            flat(train.train_round(cohort.network_for(run).module, make_patients([]), run, plan(1.0), **ROUND))
+            flat(train.train_round(registry.for_run(run).module, make_patients([]), run, plan(1.0), **ROUND))
         )
     assert len(made) == 6 and len({s._encryptor for s in made}) == 6
     assert not (updates[0] == updates[1]).any()
@@ -178,7 +178,7 @@ def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypa
 
 def test_without_privacy_it_is_the_mean_over_the_patients_there(make_run, make_patients):
     run = make_run(privacy={"enabled": False}, train={"learning_rate": 0.5, "local_steps": 2})
-    network, patients = cohort.network_for(run), make_patients(SIZES)
+    network, patients = registry.for_run(run), make_patients(SIZES)
     expected = reference(network.module, patients, run, len(SIZES))
     assert close(train.train_round(network.module, patients, run, plan(0.0), **ROUND), expected)
     nobody = train.train_round(network.module, make_patients([]), run, plan(0.0), **ROUND)
@@ -188,7 +188,7 @@ def test_without_privacy_it_is_the_mean_over_the_patients_there(make_run, make_p
 def test_without_privacy_the_seed_decides_and_nothing_else(make_run, make_patients):
     def once(seed=0, **changes):
         run = make_run(privacy={"enabled": False}, train={"seed": seed, "augmentation": "shift", "multiplicity": 2})
-        module = cohort.network_for(make_run()).module
+        module = registry.for_run(make_run()).module
         return flat(
             train.train_round(module, make_patients([1] * 40), run, plan(0.0, rate=0.5), **{**ROUND, **changes})
         )

@@ -17,7 +17,6 @@ AES-GCM with random 96-bit nonces: NIST SP 800-38D; HKDF: RFC 5869.
 
 import io
 import json
-import os
 import re
 import secrets
 import struct
@@ -34,6 +33,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedscan_core.errors import DataError
+from fedscan_core.files import sync_folder, write_atomic
 
 _VERSION = b"fedscan-cache-1\n"
 _NONCE = 12
@@ -95,7 +95,7 @@ def destroy_patient(folder: Path, pseudonym: str) -> bool:
         if path.exists():
             found = True
             path.unlink()
-            _sync(path.parent)
+            sync_folder(path.parent)
     return found
 
 
@@ -140,24 +140,7 @@ def _open(key: bytes, path: Path, purpose: bytes, pseudonym: str) -> bytes:
 def _write(path: Path, blob: bytes) -> None:
     path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    part = path.with_suffix(".part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(handle, 0o600)  # a leftover part may have another mode
-        file.write(blob)
-        file.flush()
-        os.fsync(handle)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Makes a rename or removal durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_atomic(path, blob)
 
 
 def _pack(payload: Payload) -> bytes:
