@@ -167,7 +167,7 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     for number, image in enumerate(images):
         try:
             target, x_BCHW = label_index(image.label, run.task.labels), torch.from_numpy(image.load()[None])
-            # One image at a time: in a batch its features would depend, in the last bits, on whose images are beside
+            # One image at a time: in a batch its features could depend, in the last bits, on whose images are beside
             # it, and weights made for it could blow that up.
             with torch.no_grad():
                 rows.append(features(x_BCHW) if features else x_BCHW)

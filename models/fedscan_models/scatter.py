@@ -37,7 +37,6 @@ _SIGMA = 0.8  # width of the finest envelope, in pixels; doubles with each scale
 _XI = 3 * math.pi / 4  # frequency of the finest wavelet, in radians a pixel; halves with each scale
 _SLANT = 4 / ANGLES  # the envelope is longer across the wave than along it by 1 / slant
 _PIXELS_AT_ONCE = 2**15  # padded pixels per pass: bounds memory, and is as fast as more
-_IMAGES_AT_ONCE = 64
 _BLANK = 0.05  # added to an image's standard deviation
 _FLOOR = 0.01  # added before the logarithm
 _GRID = 8  # at most this many feature rows and columns
@@ -162,7 +161,8 @@ def features(x_BCHW: Tensor) -> Tensor:
         x_BCHW: images with values in [0, 1], of at least 16 x 16 pixels, on any device.
     """
     with torch.no_grad():
-        return torch.cat([_normalised(part) for part in x_BCHW.split(_IMAGES_AT_ONCE)])
+        # One at a time: in a batch an image's last bits depend on its neighbours, and one patient's on another's.
+        return torch.cat([_normalised(x_1CHW) for x_1CHW in x_BCHW.split(1)])
 
 
 def _normalised(x_BCHW: Tensor) -> Tensor:

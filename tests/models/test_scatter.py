@@ -180,3 +180,12 @@ def test_a_wave_answers_in_its_own_scale_and_angle():
             wave = torch.cos(xi * (y * np.cos(angle) + x * np.sin(angle)))
             out = scatter.scattering(wave[None, None])[0, 1:25, 3:5, 3:5].mean(dim=(1, 2))
             assert int(out.argmax()) == j * L + t
+
+
+@pytest.mark.parametrize("size", [(33, 47), (50, 50), (64, 64)])
+def test_an_images_features_are_its_own_to_the_last_bit(size):
+    """A batch that changed them would let one patient change another's gradient."""
+    x = torch.rand(9, 2, *size)
+    together = scatter.features(x)
+    assert torch.equal(together, torch.cat([scatter.features(one) for one in x.split(1)]))
+    assert torch.equal(together[1:], scatter.features(x[1:]))
