@@ -181,7 +181,8 @@ def _run(
     judge = functools.partial(_judge, run, folder / SITES, state)
 
     def tell(progress: Progress) -> None:
-        if progress.phase != "declare":
+        # Once every site has booked the run, its folder is kept: a failure in the first round can be gone on with.
+        if progress.phase != "declare" or progress.sites_done == progress.sites:
             started()
         watch(progress)
 

@@ -208,6 +208,18 @@ def test_a_full_disk_before_the_start_and_during_the_run(run_for, table, tmp_pat
     assert fedscan.resume(tmp_path / "run")["rounds"] == 3
 
 
+def test_a_failure_in_the_first_round_of_one_site_can_be_gone_on_with(run_for, table, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = run_for(data={"sites": [{"name": "phantom_1"}]})
+    with monkeypatch.context() as patch:
+        patch.setattr("fedscan_server.checkpoint.write", full)
+        with pytest.raises(RunFailed, match="--resume"):
+            fedscan.simulate(run, data=table, out=tmp_path / "run")
+    assert fedscan.resume(tmp_path / "run")["rounds"] == 3
+
+
 def test_a_broken_update_is_dropped_recorded_and_survived(run_for, table, tmp_path, monkeypatch):
     honest = client_app._train
 
