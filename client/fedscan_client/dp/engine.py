@@ -1,20 +1,25 @@
 """Per-patient clipped gradients: the sum over patients of each patient's mean gradient, clipped to the norm C.
 
-Guarantee: adding or removing one patient (all rows of one unit) changes the sum by at most C in L2 norm. Each unit's
-gradient is scaled to a norm of at most C * (1 - MARGIN); the margin covers what float32 adds: the rounding of the norm
-and of the sum, the dependence of the forward pass on the batch it is computed in, and the noise's grid
-(`dp.noise`). A unit whose gradient is not finite contributes zero. A unit is never split between chunks, so chunking
-for memory changes nothing.
+Guarantee: adding or removing one patient (all rows of one unit) changes the sum by at most C in L2 norm, whatever the
+images and whatever the weights. Each unit's contribution depends on its own rows alone, bit for bit, and has a norm of
+at most C * (1 - MARGIN); units are added up in float64. The margin covers the rounding of norms (1e-5) and of sums, and
+the noise's grid (`dp.noise`). A unit whose gradient is not finite contributes zero. A unit is never split between
+chunks, so chunking for memory changes nothing.
 
-The margin is measured for networks as they are trained. The server picks the weights, and weights whose logits cancel
-down to their own rounding make every row's gradient depend on the size of the batch it is computed in. Engine "loop"
-computes each unit by itself and holds for any weights; "opacus" does not (tests/client/dp/test_engine.py).
+Engines: "bookkeeping" (default) does it in one forward and one backward pass over units in fixed slots; it checks
+itself on random data first (`dp.plans`) and leaves to the loop what it cannot do. "loop" takes one backward pass per
+unit: the plain reference. "opacus" forms per-row gradients by Opacus' hooks; it computes units in one common batch of
+any size, and weights whose logits cancel down to their own rounding make every row's gradient depend on that size: the
+bound holds for weights as they come from training, not for weights that a malicious server chose
+(tests/client/dp/test_engine.py). Hospitals refuse it.
 
-Assumed: no layer mixes the rows of a batch (`fedscan_models.dp_ready` refuses those that do).
+Assumed: no layer mixes the rows of a batch (`fedscan_models.dp_ready` refuses those that do). Random layers (dropout)
+draw anew for every unit, from the operating system's entropy.
 
 Legend: B rows (images and their views), U units (patients), P entries of one parameter.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -23,6 +28,8 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from fedscan_client.dp import bookkeeping, plans
+
 MARGIN = 1e-3
 _GRADIENT_BYTES = 512 * 2**20  # per-row gradients held at once, about
 _MOST_ROWS = 256
@@ -30,6 +37,7 @@ _ROWS_AT_ONCE = 64  # of one unit in the plain loop: bounds memory whatever the 
 
 LossRows = Callable[[Tensor, Tensor], Tensor]  # (outputs_BK, targets_B) -> loss_B
 Clip = float | Literal["auto"]
+Engine = Literal["bookkeeping", "loop", "opacus"]
 
 
 def sensitivity(clip: Clip) -> float:
@@ -45,7 +53,7 @@ def clipped_sum(
     sizes: Sequence[int],
     *,
     clip: Clip,
-    engine: Literal["opacus", "loop"] = "opacus",
+    engine: Engine = "bookkeeping",
 ) -> list[Tensor]:
     """The sum over units of the unit's mean gradient, clipped.
 
@@ -56,7 +64,7 @@ def clipped_sum(
         y_B: targets of the rows.
         sizes: rows of each unit, in order; they add up to B. Zero rows contribute zero.
         clip: C, or "auto" for g / (|g| + 0.01) (Bu et al. 2022, arXiv 2206.07136), whose C is 1.
-        engine: "opacus" (per-row gradients by hooks) or "loop" (one backward per unit: the plain reference).
+        engine: see above.
 
     Returns:
         One float64 tensor per trainable parameter, in the order of `module.parameters()`.
@@ -65,12 +73,18 @@ def clipped_sum(
         raise ValueError("sizes do not add up to the rows: refuse to guess which image belongs to whom")
     parameters = [p for p in module.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    first, units = 0, list[slice]()
+    for size in sizes:
+        if size:
+            units.append(slice(first, first + size))
+        first += size
+    if engine == "bookkeeping" and parameters:
+        units = _bookkept(sums, module, loss_rows, x_B, y_B, units, clip)
     chunk_gradients = _by_hooks if engine == "opacus" else _by_loop
-    for first, last, inside in _chunks(sizes, parameters):
-        found_UP = chunk_gradients(module, parameters, loss_rows, x_B[first:last], y_B[first:last], inside)
+    for inside in _chunks(units, parameters):
         # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
-        gradients_UP = [gradient_UP.double() for gradient_UP in found_UP]
-        factor_U = _factors(gradients_UP, clip)
+        gradients_UP = [g.double() for g in chunk_gradients(module, parameters, loss_rows, x_B, y_B, inside)]
+        factor_U = _factors(torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0), clip)
         for total, gradient_UP in zip(sums, gradients_UP, strict=True):
             if not factor_U.all():
                 gradient_UP.masked_fill_(factor_U.view(-1, 1) == 0, 0.0)  # NaN times 0 would be NaN
@@ -78,38 +92,59 @@ def clipped_sum(
     return sums
 
 
-def _factors(gradients_UP: list[Tensor], clip: Clip) -> Tensor:
-    """float64 scale of each unit; 0 for one that is not finite. Norms in float64: float32 sums come out low."""
-    square_U = torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0)
+def _bookkept(
+    sums: list[Tensor], module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice], clip: Clip
+) -> list[slice]:
+    """Adds what book-keeping can do to the sums, by size class; returns the units that are left for the loop."""
+    left: list[slice] = []
+    by_size: dict[int, list[slice]] = {}
+    for unit in units:
+        by_size.setdefault(bookkeeping.size_class(unit.stop - unit.start), []).append(unit)
+    for size, some in sorted(by_size.items()):
+        plan = plans.plan_for(module, loss_rows, x_B, y_B, size)
+        if plan is None:
+            left += some
+            continue
+        found = bookkeeping.clipped_sum(plan, module, loss_rows, x_B, y_B, some, lambda square: _factors(square, clip))
+        for total, part in zip(sums, found, strict=True):
+            total += part
+    return left
+
+
+def _factors(square_U: Tensor, clip: Clip) -> Tensor:
+    """float64 scale of each unit from its squared norm (float64); 0 for one that is not finite."""
     norm_U = square_U.sqrt()
     bound = sensitivity(clip) * (1 - MARGIN)
     factor_U = bound / (norm_U + 0.01) if clip == "auto" else (bound / norm_U.clamp_min(1e-300)).clamp_max(1.0)
     return torch.where(torch.isfinite(norm_U), factor_U, 0.0)
 
 
-def _chunks(sizes: Sequence[int], parameters: Sequence[Tensor]) -> list[tuple[int, int, list[int]]]:
-    """(first row, last row, sizes) of chunks of whole units whose gradients, also in float64, fit _GRADIENT_BYTES."""
+def _chunks(units: Sequence[slice], parameters: Sequence[Tensor]) -> list[list[slice]]:
+    """Chunks of whole units whose gradients, also in float64, fit _GRADIENT_BYTES."""
     per_row = 12 * sum(p.numel() for p in parameters)
     most = max(1, min(_MOST_ROWS, _GRADIENT_BYTES // max(per_row, 1)))
-    chunks: list[tuple[int, int, list[int]]] = []
-    first, inside = 0, list[int]()
-    for size in sizes:
-        if size == 0:
-            continue
-        if inside and sum(inside) + size > most:
-            chunks.append((first, first + sum(inside), inside))
-            first, inside = first + sum(inside), []
-        inside.append(size)
-    return [*chunks, (first, first + sum(inside), inside)] if inside else chunks
+    chunks: list[list[slice]] = []
+    rows = 0
+    for unit in units:
+        size = unit.stop - unit.start
+        if not chunks or rows + size > most:
+            chunks.append([])
+            rows = 0
+        chunks[-1].append(unit)
+        rows += size
+    return chunks
 
 
 def _by_hooks(
-    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, sizes: list[int]
+    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice]
 ) -> list[Tensor]:
     """Per-unit mean gradients through Opacus: per-row gradients by hooks, summed by unit.
 
     Convolutions with a padding mode other than zeros go through functorch: the hooks' sampler ignores the mode.
     """
+    sizes = [unit.stop - unit.start for unit in units]
+    rows = torch.cat([torch.arange(unit.start, unit.stop) for unit in units]).to(x_B.device)
+    x_B, y_B = x_B[rows], y_B[rows]
     padded = any(getattr(layer, "padding_mode", "zeros") != "zeros" for layer in module.modules())
     found = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -139,20 +174,21 @@ def _by_hooks(
 
 
 def _by_loop(
-    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, sizes: list[int]
+    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice]
 ) -> list[Tensor]:
     """Per-unit mean gradients by one ordinary backward pass per unit: slow, plain, exact."""
-    rows: list[list[Tensor]] = []
-    first = 0
-    for size in sizes:
+    found: list[list[Tensor]] = []
+    random = plans.draws(module)
+    for unit in units:
         total = [parameter.new_zeros(parameter.numel()) for parameter in parameters]
-        for begin in range(first, first + size, _ROWS_AT_ONCE):
-            part = slice(begin, min(begin + _ROWS_AT_ONCE, first + size))
+        if random:  # a seed that others may know, or a draw counted on from other units, would tie units together
+            torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
+        for begin in range(unit.start, unit.stop, _ROWS_AT_ONCE):
+            part = slice(begin, min(begin + _ROWS_AT_ONCE, unit.stop))
             own = x_B[part].clone()  # a slice's place in memory can choose another kernel
-            loss = loss_rows(module(own), y_B[part]).sum() / size
+            loss = loss_rows(module(own), y_B[part]).sum() / (unit.stop - unit.start)
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             for so_far, more in zip(total, gradient, strict=True):
                 so_far += more.reshape(-1)
-        rows.append(total)
-        first += size
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        found.append(total)
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]

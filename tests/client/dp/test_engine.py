@@ -1,7 +1,6 @@
 """The clipped sum against a plain loop over patients in float64, and the bound on what one patient changes."""
 
 import copy
-from typing import Literal
 from unittest.mock import patch
 
 import pytest
@@ -11,12 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedscan_client.dp import engine
-from fedscan_client.dp.engine import MARGIN, clipped_sum, sensitivity
+from fedscan_client.dp.engine import MARGIN, Engine, clipped_sum, sensitivity
 from fedscan_models import tasks
 from fedscan_models.registry import ModelShape, build, select_trainable
 
-Engine = Literal["opacus", "loop"]
-ENGINES: tuple[Engine, ...] = ("opacus", "loop")
+ENGINES: tuple[Engine, ...] = ("bookkeeping", "opacus", "loop")
+SOUND: tuple[Engine, ...] = ("bookkeeping", "loop")  # for any weights
 
 
 def unit_gradients(module, x_B, y_B, sizes):
@@ -121,22 +120,25 @@ def test_frozen_parameters_have_no_part_in_the_norm(which, how):
     assert [p for p in network.module.parameters() if p.requires_grad] == trained
 
 
+@pytest.mark.parametrize("which", ["loop", "opacus"])
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
-def test_chunking_changes_nothing_and_splits_nobody(most, monkeypatch):
+def test_chunking_changes_nothing_and_splits_nobody(most, which, monkeypatch):
     network, x_B, y_B = case("cnn", 10)
     sizes = [3, 1, 0, 2, 1, 3]
-    whole = clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2)
+    units = [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7), slice(7, 10)]
+    whole = clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2, engine=which)
     monkeypatch.setattr(engine, "_MOST_ROWS", most)
-    chunks = engine._chunks(sizes, list(network.module.parameters()))
-    assert len(chunks) > 1 and [size for *_, inside in chunks for size in inside] == [3, 1, 2, 1, 3]
-    assert [last - first for first, last, _ in chunks] == [sum(inside) for *_, inside in chunks]
-    assert all(sum(inside) <= max(most, 3) for *_, inside in chunks)
-    assert close(clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2), flat(whole), 1e-5)
+    chunks = engine._chunks(units, list(network.module.parameters()))
+    assert len(chunks) > 1 and [unit for inside in chunks for unit in inside] == units
+    assert all(sum(u.stop - u.start for u in inside) <= max(most, 3) for inside in chunks)
+    parts = clipped_sum(network.module, tasks.loss_rows, x_B, y_B, sizes, clip=0.2, engine=which)
+    assert close(parts, flat(whole), 1e-5)
 
 
 def test_gradients_of_a_large_network_are_held_for_few_rows_at_once():
     parameters = [torch.zeros(engine._GRADIENT_BYTES // 12 // 3)]
-    assert [inside for *_, inside in engine._chunks([1] * 7, parameters)] == [[1] * 3, [1] * 3, [1]]
+    chunks = engine._chunks([slice(i, i + 1) for i in range(7)], parameters)
+    assert [len(inside) for inside in chunks] == [3, 3, 1]
 
 
 @given(
@@ -164,7 +166,8 @@ def test_one_patient_changes_the_whole_sum_by_at_most_c(sizes, data, clip, most,
     assert (with_it - flat(without)).norm() <= sensitivity(clip)
 
 
-def test_the_loop_holds_the_bound_for_weights_that_amplify_rounding():
+@pytest.mark.parametrize("which", SOUND)
+def test_the_bound_holds_for_weights_that_amplify_rounding(which):
     """A server may choose them: each logit is what rounding left of numbers that cancel, and depends on the batch."""
     network, x_B, y_B = case("cnn", 8)
     with torch.no_grad():
@@ -172,10 +175,10 @@ def test_the_loop_holds_the_bound_for_weights_that_amplify_rounding():
         v = torch.randn(1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         network.module[-1].weight.copy_((v - v @ torch.linalg.pinv(f) @ f) * 1e9)
         network.module[-1].bias.zero_()
-    whole = flat(clipped_sum(network.module, tasks.loss_rows, x_B, y_B, [1] * 8, clip=1.0, engine="loop"))
+    whole = flat(clipped_sum(network.module, tasks.loss_rows, x_B, y_B, [1] * 8, clip=1.0, engine=which))
     for gone in range(8):
         keep = [i for i in range(8) if i != gone]
-        rest = clipped_sum(network.module, tasks.loss_rows, x_B[keep], y_B[keep], [1] * 7, clip=1.0, engine="loop")
+        rest = clipped_sum(network.module, tasks.loss_rows, x_B[keep], y_B[keep], [1] * 7, clip=1.0, engine=which)
         assert (whole - flat(rest)).norm() <= 1.0
 
 
@@ -257,8 +260,11 @@ def test_a_parameter_without_per_row_gradients_is_refused():
     module = Unused()
     before = traces(module)
     with pytest.raises(RuntimeError, match="per-row"):
-        clipped_sum(module, tasks.loss_rows, torch.rand(2, 3), torch.zeros(2), [1, 1], clip=1.0)
+        clipped_sum(module, tasks.loss_rows, torch.rand(2, 3), torch.zeros(2), [1, 1], clip=1.0, engine="opacus")
     assert traces(module) == before
+    for which in SOUND:
+        sums = clipped_sum(module, tasks.loss_rows, torch.rand(2, 3), torch.zeros(2), [1, 1], clip=1.0, engine=which)
+        assert sums[0].any() and not sums[2].any() and not sums[3].any()
 
 
 def test_sensitivity():

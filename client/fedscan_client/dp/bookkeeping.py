@@ -1,0 +1,324 @@
+"""Clipped sums in one forward and one backward pass, whoever chose the weights.
+
+Book-keeping (Bu et al. 2023, arXiv 2210.00038): each layer hands over what its units' gradients are made of
+(`dp.layers`); their norms give the clip factors; then each parameter's clipped sum is formed once. Per weight and
+layout the fastest of several exact ways is taken: keep the units' gradients (one batched product, unit by unit, or
+grouped), or take only their norms from Gram matrices and form the sum from the factors afterwards.
+
+Guarantee: what one unit contributes is a function of its own rows, the weights and public constants, bit for bit; it
+depends on no other unit. So adding or removing a patient changes the sum by that patient's contribution alone, and its
+norm is at most the clip. Three things make it so:
+
+1. Units are computed in *slots*: a chunk always has the same shape (units padded to a size class, chunks filled up with
+   empty units), so every operation is the same whoever is there. The order in which a dense kernel adds numbers is a
+   property of shapes, not of values. That each slot has the same order is checked: on random weights and images, the
+   same unit must give the same bits in every slot and whatever stands in the others (`dp.plans`). Weights that a
+   malicious server makes to blow up rounding change values, not orders.
+2. Where units are added up, it is in float64, from float32 factors whose products are exact there.
+3. A Gram norm below 1e-3 of the sum of its terms' norms is not trusted and replaced by that bound. So the error of a
+   norm stays below 1e-6 relative, and that of a sum below 1e-9 of the clip for each chunk.
+
+Where the check fails, or a layer cannot be split by unit, or the network draws random numbers, there is no plan and the
+caller takes the plain loop. Assumed: the check's random data show a different order where there is one.
+
+Legend: U units (slots) of K rows, B = U K rows, P entries of a parameter.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedscan_client.dp.layers import attached
+from fedscan_client.dp.tape import Product, Unsplittable
+
+LossRows = Callable[[Tensor, Tensor], Tensor]
+Factors = Callable[[Tensor], Tensor]  # float64 squared norms [U] -> float64 factors [U]
+Finish = Callable[[Tensor], Tensor]  # factors [U] -> the parameter's clipped sum, float64, any shape of P entries
+
+_TRUST = 1e-6  # squared: of a Gram norm against its terms
+_KEPT = 64 * 2**20  # entries of units' gradients kept for one weight
+_BLOCK = 2**18  # entries turned to float64 at once
+_UNFOLDED = 16 * 2**20  # entries of the patches of one layer, at most
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How chunks of one shape are computed: public, made from random data.
+
+    Attributes:
+        units: U.
+        size: K.
+        memory_format: of the chunk's images.
+        ways: for each weight by its layer's name, the fastest exact way.
+    """
+
+    units: int
+    size: int
+    memory_format: torch.memory_format
+    ways: dict[str, str]
+
+
+@dataclass
+class Recorder:
+    """One pass. With `tries` it times every way of each weight; with `seen` it keeps what each unit is made of."""
+
+    units: int
+    ways: dict[str, str]
+    tries: bool = False
+    seen: list[Tensor] | None = None
+    used: dict[Tensor, int] = field(default_factory=dict)
+    shared: dict[Tensor, Tensor] = field(default_factory=dict)
+    parts: list[tuple[Tensor, Tensor, Finish]] = field(default_factory=list)
+
+    def use(self, parameter: Tensor) -> None:
+        """See `tape.Tape`."""
+        self.used[parameter] = self.used.get(parameter, 0) + 1
+
+    def gradient(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """See `tape.Tape`."""
+        gradient = gradient.reshape(self.units, -1)
+        if self.used[parameter] > 1:
+            known = self.shared.get(parameter)
+            self.shared[parameter] = gradient if known is None else known + gradient
+        else:
+            self._add(parameter, gradient, *_kept(gradient))
+
+    def product(self, name: str, parameter: Tensor, product: Product) -> None:
+        """See `tape.Tape`."""
+        if self.used[parameter] > 1:  # the norm of a sum needs the gradients themselves
+            way = next(iter(product.direct), "kept")
+            self.gradient(name, parameter, _gradient(product, way))
+            return
+        if self.tries:
+            self.ways[name] = _fastest(product)
+        way = self.ways[name]
+        if way == "gram":
+            a, b = product.a(), product.b()
+            if self.seen is not None:
+                self.seen += [a, b]
+            self._add(parameter, None, _gram_square(a, b), lambda f: product.restore(_late(product, f)))
+            return
+        gradient = _gradient(product, way, restored=False)
+        square, finish = _kept(gradient.flatten(1))
+        if way == "kept":
+            self._add(
+                parameter,
+                gradient,
+                square,
+                lambda f: product.restore(finish(f).view(product.shape[2], product.shape[1])),
+            )
+        else:
+            self._add(parameter, gradient, square, finish)
+
+    def _add(self, parameter: Tensor, gradient: Tensor | None, square: Tensor, finish: Finish) -> None:
+        if self.seen is not None:
+            self.seen += [square] if gradient is None else [gradient.clone(), square]
+        self.parts.append((parameter, square, finish))
+
+    def finish(self, factors: Factors) -> dict[Tensor, Tensor]:
+        """The clipped sums of the parameters that were used."""
+        for parameter, gradient in self.shared.items():
+            self._add(parameter, gradient, *_kept(gradient))
+        if not self.parts:
+            return {}
+        factor = factors(torch.stack([square for _, square, _ in self.parts]).sum(0))
+        return {parameter: finish(factor).view(parameter.shape) for parameter, _, finish in self.parts}
+
+
+def clipped_sum(
+    plan: Plan, module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice], factors: Factors
+) -> list[Tensor]:
+    """The clipped sum over some units that fit the plan.
+
+    Args:
+        plan: of `plan_for`, for this network and these rows.
+        module: the network, in training mode.
+        loss_rows: loss of every row.
+        x_B: inputs.
+        y_B: targets.
+        units: each unit's rows; at most plan.size.
+        factors: squared norms to clip factors, 0 for a unit that contributes nothing.
+
+    Returns:
+        One float64 tensor per trainable parameter.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for first in range(0, len(units), plan.units):
+        inside = units[first : first + plan.units]
+        x, y, weight_B = _slots(plan, x_B, y_B, inside)
+        tape = Recorder(plan.units, plan.ways)
+        found = clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors))
+        for total, parameter in zip(sums, parameters, strict=True):
+            if parameter in found:
+                total += found[parameter]
+    return sums
+
+
+def _of_the_first(there: int, factors: Factors) -> Factors:
+    """The factors of the units that are there; 0 for empty slots."""
+
+    def masked(square_U: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(square_U), device=square_U.device) < there, factors(square_U), 0.0)
+
+    return masked
+
+
+def size_class(size: int) -> int:
+    """The size to which a unit of `size` rows is padded: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... At most a third is air."""
+    power = 1 << max(0, size - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+def _slots(plan: Plan, x_B: Tensor, y_B: Tensor, units: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """The units in their slots: inputs, targets, and each row's weight, 1 / size or 0 for air."""
+    rows = plan.units * plan.size
+    x, y = x_B.new_zeros(rows, *x_B.shape[1:]), y_B.new_zeros(rows, *y_B.shape[1:])
+    weight_B = torch.zeros(rows, dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
+    for slot, unit in enumerate(units):
+        size = unit.stop - unit.start
+        place = slice(slot * plan.size, slot * plan.size + size)
+        x[place], y[place], weight_B[place] = x_B[unit], y_B[unit], 1 / size
+    return laid_out(x, plan.memory_format), y, weight_B
+
+
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The same numbers in that layout."""
+    return x if memory_format == torch.contiguous_format else x.contiguous(memory_format=memory_format)
+
+
+def clipped_pass(
+    module: nn.Module, tape: Recorder, loss_rows: LossRows, x: Tensor, y: Tensor, weight_B: Tensor, factors: Factors
+) -> dict[Tensor, Tensor]:
+    """One forward and one backward pass over a chunk: each used parameter's clipped sum, float64.
+
+    Raises:
+        Unsplittable: a layer or a parameter's use that is not known to split by unit.
+    """
+    parameters = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    with attached(module, tape) as anchor:
+        loss = (loss_rows(module(x), y) * weight_B).sum()
+        if not loss.requires_grad:
+            return {}
+        _, *outside = torch.autograd.grad(loss, [anchor, *parameters], allow_unused=True)
+    strays = [name for name, gradient in zip(parameters.values(), outside, strict=True) if gradient is not None]
+    if strays:
+        raise Unsplittable(f"{strays[0]} is used outside of its layer")
+    with torch.no_grad():
+        return tape.finish(factors)
+
+
+# ---------------------------------------------------------------------------------------------------------- one weight
+
+
+def _gradient(product: Product, way: str, *, restored: bool = True) -> Tensor:
+    """[U, *weight.shape]; of the way "kept" [U, o, p] unless restored."""
+    if way != "kept":
+        return product.direct[way]()
+    found = torch.bmm(product.b().transpose(1, 2), product.a())
+    return product.restore(found) if restored else found
+
+
+def _kept(gradient_UP: Tensor) -> tuple[Tensor, Finish]:
+    return _square(gradient_UP), lambda factor_U: _contract(gradient_UP, factor_U)
+
+
+def _square(gradient_UP: Tensor) -> Tensor:
+    """Squared norms [U], float64. In two levels: a long float32 row comes out low by 3e-4, short ones by 1e-5."""
+    units, entries = gradient_UP.shape
+    whole = entries // 256 * 256
+    short = torch.linalg.vector_norm(gradient_UP[:, :whole].reshape(units, -1, 256), dim=2).double()
+    rest = gradient_UP[:, whole:].double()
+    square: Tensor = (short * short).sum(1) + (rest * rest).sum(1)
+    return square
+
+
+def _contract(gradient_UP: Tensor, factor_U: Tensor) -> Tensor:
+    """The sum over units of factor times gradient, float64; a unit of factor 0 is not looked at (it may be NaN)."""
+    if gradient_UP.numel() <= _BLOCK:
+        gradient_UP = gradient_UP.double()
+        if not factor_U.all():
+            gradient_UP = gradient_UP.masked_fill(factor_U.view(-1, 1) == 0, 0.0)
+        return torch.mv(gradient_UP.t(), factor_U)
+    total = gradient_UP.new_zeros(gradient_UP.shape[1], dtype=torch.float64)
+    for gradient_P, factor in zip(gradient_UP, factor_U.tolist(), strict=True):
+        if factor:
+            total.add_(gradient_P, alpha=factor)
+    return total
+
+
+def _gram_square(a: Tensor, b: Tensor) -> Tensor:
+    """Squared norms [U] of b^T a without forming it: the sum of (a a^T) * (b b^T), in float64."""
+    a, b = a.double(), b.double()
+    square = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(b, b.transpose(1, 2))).sum((1, 2))
+    terms = (a.square().sum(2).sqrt() * b.square().sum(2).sqrt()).sum(1).square()
+    return torch.where(torch.isfinite(square), torch.maximum(square, _TRUST * terms), square)
+
+
+def _late(product: Product, factor_U: Tensor) -> Tensor:
+    """The clipped sum [o, p] from its factors, float64: products of float32 numbers are exact there."""
+    a, b = product.a().double(), product.b().double() * factor_U.view(-1, 1, 1)
+    if not factor_U.all():
+        gone = factor_U.view(-1, 1, 1) == 0
+        a, b = a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)
+    return b.flatten(0, 1).t() @ a.flatten(0, 1)
+
+
+def _fastest(product: Product) -> str:
+    """The fastest way whose result is the same in every slot, for a product whose slots all hold the same."""
+    times: dict[str, float] = {}
+    for way in _candidates(product):
+        best = math.inf
+        for _ in range(_TRIES):
+            start = now()
+            if way == "gram":
+                square, made = _gram_square(product.a(), product.b()), None
+                _late(product, torch.ones_like(square))
+            else:
+                made = _gradient(product, way, restored=False).flatten(1)
+                square, finish = _kept(made)
+                finish(torch.ones_like(square))
+            best = min(best, now() - start)
+            if not alike(square) or (made is not None and not alike(made)):
+                best = math.inf
+                break
+            if times and best > 1.3 * min(times.values()):
+                break
+        times[way] = best
+    way = min(times, key=lambda key: times[key])
+    if times[way] == math.inf:
+        raise Unsplittable("a layer's gradient depends on the slot")
+    return way
+
+
+def _candidates(product: Product) -> list[str]:
+    """What a cost model leaves to be timed."""
+    positions, inputs, outputs = product.shape
+    units = product.units
+    entries = units * inputs * outputs
+    ways = []
+    if 0 < positions * inputs * units <= _UNFOLDED:
+        if entries <= _KEPT:
+            ways.append("kept")
+        if positions * (inputs + outputs) < 4 * inputs * outputs and positions <= 1024:
+            ways.append("gram")
+    if entries <= _KEPT // 8 or not ways:
+        ways += product.direct
+    return ways or ["kept"]
+
+
+def alike(slots_U: Tensor) -> bool:
+    """Whether every slot holds the same bits."""
+    return bool((slots_U == slots_U[:1]).all())
+
+
+def now() -> float:
+    """Processor seconds, with a GPU's work done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.process_time()
