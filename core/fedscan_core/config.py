@@ -117,10 +117,10 @@ class Privacy(Section):
         le=4096,
         description="At most K images of a chosen patient enter a step, drawn afresh; bounds work, not privacy.",
     )
-    engine: Literal["loop", "opacus"] = Field(
-        "loop",
-        description='Per-patient gradients: "loop" = patient by patient, whatever the weights; "opacus" = by row, '
-        "faster for small models, but only as exact as rounding: hospitals refuse it.",
+    engine: Literal["bookkeeping", "loop", "opacus"] = Field(
+        "bookkeeping",
+        description='Per-patient gradients: "bookkeeping" = one pass for all; "loop" = one pass per patient; '
+        '"opacus" = its hooks. Hospitals refuse opacus: weights made to blow up rounding break its bound.',
     )
 
     @model_validator(mode="before")

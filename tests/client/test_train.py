@@ -49,7 +49,7 @@ def close(delta, expected, relative=1e-4):
     return (flat(delta).double() - expected).norm() <= relative * expected.norm()
 
 
-@pytest.mark.parametrize("engine", ["opacus", "loop"])
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus", "loop"])
 @pytest.mark.parametrize(
     ("settings", "sections", "mu"),
     [
@@ -105,7 +105,7 @@ def test_the_divisor_is_public(make_run, make_patients, rate, declared):
 
 
 @pytest.mark.parametrize("clip", [0.25, "auto"])
-@pytest.mark.parametrize("engine", ["opacus", "loop"])
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus", "loop"])
 @pytest.mark.parametrize("extra", [{}, {"augmentation": "flip", "multiplicity": 3}], ids=["plain", "views"])
 def test_one_patient_moves_the_update_by_at_most_c_over_the_divisor(make_run, make_patients, clip, engine, extra):
     """The whole path, from sample to update; a patient that counted twice or was clipped by image would show."""

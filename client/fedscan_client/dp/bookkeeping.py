@@ -170,7 +170,7 @@ def _of_the_first(there: int, factors: Factors) -> Factors:
 
 
 def size_class(size: int) -> int:
-    """The size to which a unit of `size` rows is padded: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... At most a third is air."""
+    """The size to which a unit of `size` rows is padded: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
     power = 1 << max(0, size - 1).bit_length()
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
@@ -179,7 +179,7 @@ def _slots(plan: Plan, x_B: Tensor, y_B: Tensor, units: list[slice]) -> tuple[Te
     """The units in their slots: inputs, targets, and each row's weight, 1 / size or 0 for air."""
     rows = plan.units * plan.size
     x, y = x_B.new_zeros(rows, *x_B.shape[1:]), y_B.new_zeros(rows, *y_B.shape[1:])
-    weight_B = torch.zeros(rows, dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
+    weight_B = torch.zeros(rows, dtype=torch.float64, device=x.device)
     for slot, unit in enumerate(units):
         size = unit.stop - unit.start
         place = slice(slot * plan.size, slot * plan.size + size)
@@ -202,7 +202,8 @@ def clipped_pass(
     """
     parameters = {p: name for name, p in module.named_parameters() if p.requires_grad}
     with attached(module, tape) as anchor:
-        loss = (loss_rows(module(x), y) * weight_B).sum()
+        loss_B = loss_rows(module(x), y)
+        loss = (loss_B * weight_B.to(loss_B.dtype)).sum()
         if not loss.requires_grad:
             return {}
         _, *outside = torch.autograd.grad(loss, [anchor, *parameters], allow_unused=True)

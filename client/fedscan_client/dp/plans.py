@@ -57,10 +57,12 @@ def _planned(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
         return None
     probe = _randomised(module)
     rows = _rows_at_once(probe, x_B)
-    if size > rows:
+    # A power of two of units, also of three or six rows each: at other heights the kernels' last tile is another.
+    units = rows // (size if size & (size - 1) == 0 else size * 2 // 3)
+    if not units:
         return None
-    for memory_format in _formats(probe, loss_rows, x_B, y_B, Plan(rows // size, size, torch.contiguous_format, {})):
-        plan = Plan(rows // size, size, memory_format, {})
+    for memory_format in _formats(probe, loss_rows, x_B, y_B, Plan(units, size, torch.contiguous_format, {})):
+        plan = Plan(units, size, memory_format, {})
         with contextlib.suppress(Unsplittable):
             alike_rows = _probe_rows(plan, x_B, y_B, same=True)
             clipped_pass(probe, Recorder(plan.units, plan.ways, tries=True), loss_rows, *alike_rows, torch.ones_like)
@@ -137,7 +139,7 @@ def _probe_rows(plan: Plan, x_B: Tensor, y_B: Tensor, *, same: bool) -> tuple[Te
         if same:
             x = x[:1].expand(shape)
     x = x.reshape(-1, *x_B.shape[1:]).to(x_B.device)
-    weight_B = torch.full((len(x),), 1 / plan.size, dtype=x.dtype if x.is_floating_point() else torch.float32)
+    weight_B = torch.full((len(x),), 1 / plan.size, dtype=torch.float64)
     return laid_out(x, plan.memory_format), y_B.new_zeros(len(x), *y_B.shape[1:]), weight_B.to(x.device)
 
 
@@ -155,7 +157,8 @@ def _certified(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y
     # Right, too: against plain autograd on the same rows, without clipping.
     x, y, weight_B = rows
     trained = [p for p in probe.parameters() if p.requires_grad]
-    loss = (loss_rows(probe(x), y) * weight_B).sum()
+    loss_B = loss_rows(probe(x), y)
+    loss = (loss_B * weight_B.to(loss_B.dtype)).sum()
     plain = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     ours = [found.get(p, torch.zeros_like(p, dtype=torch.float64)) for p in trained]
     off = sum(float((a - b).square().sum()) for a, b in zip(ours, plain, strict=True))

@@ -30,10 +30,10 @@ def refusal(policy: Policy, run: RunConfig, plan: SitePlan) -> str | None:
             return "this site trains only with privacy enabled"
         if run.privacy.unit != "patient":
             return "this site protects patients, not single images (privacy.unit)"
-        if run.privacy.engine != "loop":
+        if run.privacy.engine == "opacus":
             # Per-row hooks run all patients in one batch; weights chosen by a malicious server can blow its rounding up
             # until one patient moves the sum by more than C (tests/client/dp/test_engine.py).
-            return "this site computes each patient's gradient by itself (privacy.engine = 'loop')"
+            return "this site wants a bound for any weights: privacy.engine = 'bookkeeping' or 'loop'"
     if not run.privacy.enabled:
         return None
     if not plan.epsilon <= policy.max_epsilon:  # "not": a limit that is no number lets nothing through

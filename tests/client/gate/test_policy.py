@@ -47,9 +47,9 @@ def test_a_deployed_site_protects_patients_not_images(make_run):
     assert refusal(dataclasses.replace(POLICY, research_cohort=True), run, PLAN) is None
 
 
-def test_a_deployed_site_computes_each_patient_alone(make_run):
+def test_a_deployed_site_refuses_the_engine_that_holds_only_for_trained_weights(make_run):
     run = make_run(privacy={"engine": "opacus"})
-    assert "by itself" in str(refusal(POLICY, run, PLAN))
+    assert "bound for any weights" in str(refusal(POLICY, run, PLAN))
     assert refusal(dataclasses.replace(POLICY, research_cohort=True), run, PLAN) is None
 
 
