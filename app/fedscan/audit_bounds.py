@@ -139,7 +139,7 @@ class GaussianLaw:
         if self.rate == 1:
             return np.array([float(trials)]), np.array([1.0])
         middle, spread = trials * self.rate, 9 * math.sqrt(trials * self.rate * (1 - self.rate)) + 9
-        ends = np.unique(np.linspace(max(0.0, middle - spread), min(trials, middle + spread), 161).round())
+        ends = np.unique(np.linspace(max(0.0, middle - spread), min(trials, middle + spread), 101).round())
         below = stats.binom.cdf(ends, trials, self.rate)
         below[-1] = 1.0
         return ends, np.diff(below, prepend=0.0)
@@ -147,7 +147,7 @@ class GaussianLaw:
     def noise_multiplier(self, ratio: float, level: float) -> float:
         """The largest sigma that R does not refute at `level`; from 0.05 to 1000."""
         low, high = math.log(_LEAST_NOISE), math.log(1000.0)
-        for _ in range(40):
+        for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if self.p_value(ratio, math.exp(middle)) > level else (low, middle)
         return math.exp(low)
@@ -168,7 +168,7 @@ class GaussianLaw:
 @functools.lru_cache(maxsize=16)
 def _chi(df: int) -> tuple[Grid, Grid]:
     """Nodes of chi / sqrt(df) and their probabilities, for integrals by Gauss and Legendre over all but 1e-18."""
-    node, weight = np.polynomial.legendre.leggauss(300)
+    node, weight = np.polynomial.legendre.leggauss(200)
     low, high = float(special.gammaincinv(df / 2, 1e-18)), float(special.gammainccinv(df / 2, 1e-18))
     half_chi2 = low + (high - low) * (node + 1) / 2
     return np.sqrt(2 * half_chi2 / df), stats.gamma.pdf(half_chi2, df / 2) * weight * (high - low) / 2
@@ -232,7 +232,7 @@ def correlation_p_value(r: float, values: int) -> float:
 
 def _solve(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The smallest value from which on `holds`, by bisection of the logarithm."""
-    for _ in range(50):
+    for _ in range(36):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high

@@ -13,6 +13,7 @@ Shapes: N images of side S; J units of the imprint layer; A attempts of the atta
 """
 
 import dataclasses
+import functools
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,7 @@ class _Imprint(nn.Module):
         return torch.relu(self.imprint(x_B1SS.flatten(1))).mean(1, keepdim=True)
 
 
+@functools.cache
 def _thresholds() -> Tensor:
     """Brightness quantiles of other phantoms: the attacker knows what radiographs look like, not these patients'."""
     rng = np.random.default_rng(10_001)
