@@ -197,8 +197,8 @@ def _judge_canaries(
             "noise with patients",
             audit_bounds.level_p_value(score[~inside], deviation, centred=True),
             noise,
-            f"{score[~inside].std() / deviation:.3f} of it",
-            "noise as planned",
+            f"{score[~inside].std() / deviation:.3f} of planned",
+            "1",
         ),
     )
     return checks, numbers
@@ -212,10 +212,10 @@ def _judge_noise(nobody: tuple[Changes, Changes, Changes], plan: SitePlan, steps
     p_values = [audit_bounds.level_p_value(part, deviation) for part in parts]
     p_value, level = min(1.0, len(parts) * min(p_values)), LEVELS["noise without patients"]
     shown = np.concatenate(whole) if p_value > level else parts[int(np.argmin(p_values))]
-    found = f"{_spread(shown) / deviation:.3f} of it, in {shown.size} weights"
+    found = f"{_spread(shown) / deviation:.3f} of planned, in {shown.size} weights"
     correlation = audit_bounds.correlation(*whole[1:])
     return (
-        Check("noise without patients", p_value, level, found, "noise as planned"),
+        Check("noise without patients", p_value, level, found, "1"),
         Check(
             "fresh noise",
             audit_bounds.correlation_p_value(correlation, whole[0].size),

@@ -88,9 +88,11 @@ def _show(report: "Report", run: RunConfig, console: Console) -> None:
         verdict = "pass" if check.passed else "FAIL"
         table.add_row(check.name, check.found, check.expected, f"{check.p_value:.2g}", verdict)
     console.print(table)
-    shorter = "" if steps == plan.steps else f", {steps} of which were run, for the time: {report.claimed_epsilon:.2f}"
+    part = ""
+    if steps < plan.steps or report.claimed_epsilon < plan.epsilon:  # short of time, or private evaluation costs too
+        part = f", and {report.claimed_epsilon:.2f} for the {steps} training steps that were run"
     lines = [
-        f"claimed: epsilon {plan.epsilon:.2f} at delta {plan.delta:.0e} for {plan.steps} steps{shorter}; "
+        f"claimed: epsilon {plan.epsilon:.2f} at delta {plan.delta:.0e} over {plan.steps} steps{part}; "
         f"noise {plan.noise_multiplier:.3g}, rate {plan.sampling_rate:.3g}, clip {run.privacy.clip}, "
         f"engine {run.privacy.engine}, {plan.patients_declared} declared",
         "p: how often an honest pipeline looks as bad; it fails an audit once in 1000, or less",
@@ -104,7 +106,7 @@ def _show(report: "Report", run: RunConfig, console: Console) -> None:
 def _power(report: "Report") -> list[str]:
     """What this audit could have seen at all."""
     lines = [
-        f"9 audits of 10 would notice one patient with {report.seen_influence:.2g} times the claimed influence, or "
+        f"9 of 10 audits would notice a patient with {report.seen_influence:.2g} times the claimed influence, or "
         f"noise at {report.seen_noise:.0%} of the claimed"
     ]
     if report.seen_influence > 3:
@@ -131,7 +133,8 @@ def _inversion(run: RunConfig, arguments: argparse.Namespace, folder: Path, prog
     lines = (
         f"one update of {numbers['patients']} phantom patients with {numbers['images']} images, noise "
         f"{numbers['noise_multiplier']:.3g} (epsilon {numbers['epsilon']:.2f} over the run)",
-        f"recovered without DP: {numbers['recovered_without']} (median PSNR {numbers['psnr_without_median']:.0f} dB)",
+        f"recovered without DP: {numbers['recovered_without']} "
+        f"(median PSNR {min(60, numbers['psnr_without_median']):.0f} dB or more)",
         f"recovered with DP: {numbers['recovered_private']} (median PSNR {numbers['psnr_private_median']:.0f} dB; "
         f"plain grey {numbers['psnr_grey_median']:.0f} dB)",
         f"The picture is {path}. Synthetic patients only; a demonstration, not a proof.",

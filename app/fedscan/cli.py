@@ -65,7 +65,7 @@ catches lies, not a proof.
 
 The last one draws a picture: images read out of one update, without and with privacy.
 
-Exit code 1 if a check failed: then this code must not train on patients. An honest pipeline fails once in 1000."""
+Exit code 1 if a check failed: then this code must not train on patients. At most 1 in 1000 honest ones fails."""
 
 
 class Stopped(BaseException):
