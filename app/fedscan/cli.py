@@ -54,6 +54,20 @@ Draws synthetic patients. Nothing in them comes from a person.
   fedscan phantom hospital/ --dicom             one hospital: DICOM files with invented identities, labels, consent"""
 
 
+_AUDIT = """\
+Attacks this code's own training with canary patients, through the real clip, sampler and noise of RUN.toml, and
+compares what the final weights give away with the epsilon that is claimed. Synthetic patients only; a smoke test that
+catches lies, not a proof.
+
+  fedscan audit-privacy configs/quickstart.toml
+  fedscan audit-privacy my.toml --patients 600 --set train.patients_per_step=64 --json
+  fedscan audit-privacy --inversion --out runs/inversion
+
+The last one draws a picture: images read out of one update, without and with privacy.
+
+Exit code 1 if a check failed: then this code must not train on patients. At most 1 in 1000 honest ones fails."""
+
+
 class Stopped(BaseException):
     """A signal came; `code` is the exit code."""
 
@@ -118,6 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--explain", nargs="?", const="", metavar="SECTION", help="what every key means")
     config.add_argument("--sample", action="store_true", help="print a RUN.toml to start from")
     config.set_defaults(command=_config)
+
+    audit = commands.add_parser(
+        "audit-privacy", help="attack our own training with canaries", description=_AUDIT, formatter_class=plain
+    )
+    audit.add_argument("run", nargs="?", metavar="RUN.toml", type=Path, help="the experiment (fedscan config)")
+    audit.add_argument("--canaries", type=int, default=2000, help="canary patients, half take part (%(default)s)")
+    audit.add_argument("--patients", type=int, help="declared size of the site; default simulation.patients")
+    audit.add_argument("--set", metavar="key=value", action="append", default=[], help="override a key of RUN.toml")
+    audit.add_argument("--inversion", action="store_true", help="attack one update and draw what comes out of it")
+    audit.add_argument("--out", metavar="DIR", type=Path, help="folder for audit.json or inversion.png")
+    audit.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
+    audit.set_defaults(command=_audit)
 
     phantom = commands.add_parser(
         "phantom", help="draw synthetic patients", description=_PHANTOM, formatter_class=plain
@@ -215,6 +241,12 @@ def _config(arguments: argparse.Namespace) -> int:
     else:
         raise ConfigError("Nothing to do.", remedy="Give a RUN.toml, --explain or --sample.")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from fedscan import audit_command
+
+    return audit_command.main(arguments)
 
 
 def _phantom(arguments: argparse.Namespace) -> int:
