@@ -26,7 +26,7 @@ Legend: U units (slots) of K rows, B = U K rows, P entries of a parameter.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ from fedscan_client.dp.tape import Product, Unsplittable
 
 LossRows = Callable[[Tensor, Tensor], Tensor]
 Factors = Callable[[Tensor], Tensor]  # float64 squared norms [U] -> float64 factors [U]
-Finish = Callable[[Tensor], Tensor]  # factors [U] -> the parameter's clipped sum, float64, any shape of P entries
+Finish = Callable[[Tensor, Tensor], None]  # (factors [U], total): adds the clipped sum to the float64 total
 
 _TRUST = 1e-6  # squared: of a Gram norm against its terms
 _KEPT = 64 * 2**20  # entries of units' gradients kept for one weight
@@ -95,69 +95,72 @@ class Recorder:
             self.gradient(name, parameter, _gradient(product, way))
             return
         if self.tries:
-            self.ways[name] = _fastest(product)
+            self.ways[name] = _fastest(product, parameter)
         way = self.ways[name]
         if way == "gram":
-            a, b = product.a(), product.b()
+            a, b = product.a(torch.float64), product.b(torch.float64)
             if self.seen is not None:
                 self.seen += [a, b]
-            self._add(parameter, None, _gram_square(a, b), lambda f: product.restore(_late(product, f)))
+            self._add(parameter, None, _gram_square(a, b), lambda f, total: _late(product, f, total))
             return
         gradient = _gradient(product, way, restored=False)
-        square, finish = _kept(gradient.flatten(1))
-        if way == "kept":
-            self._add(
-                parameter,
-                gradient,
-                square,
-                lambda f: product.restore(finish(f).view(product.shape[2], product.shape[1])),
-            )
-        else:
-            self._add(parameter, gradient, square, finish)
+        square, finish = _kept(gradient, product.restore if way == "kept" else None)
+        self._add(parameter, gradient, square, finish)
 
     def _add(self, parameter: Tensor, gradient: Tensor | None, square: Tensor, finish: Finish) -> None:
         if self.seen is not None:
             self.seen += [square] if gradient is None else [gradient.clone(), square]
         self.parts.append((parameter, square, finish))
 
-    def finish(self, factors: Factors) -> dict[Tensor, Tensor]:
-        """The clipped sums of the parameters that were used."""
+    def finish(self, factors: Factors, totals: Mapping[Tensor, Tensor]) -> None:
+        """Adds each used parameter's clipped sum to its total, and forgets what it was made of."""
         for parameter, gradient in self.shared.items():
             self._add(parameter, gradient, *_kept(gradient))
         if not self.parts:
-            return {}
+            return
         factor = factors(torch.stack([square for _, square, _ in self.parts]).sum(0))
-        return {parameter: finish(factor).view(parameter.shape) for parameter, _, finish in self.parts}
+        while self.parts:
+            parameter, _, finish = self.parts.pop()
+            finish(factor, totals[parameter])
 
 
-def clipped_sum(
-    plan: Plan, module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice], factors: Factors
-) -> list[Tensor]:
-    """The clipped sum over some units that fit the plan.
+def add_clipped_sum(
+    plan: Plan,
+    module: nn.Module,
+    loss_rows: LossRows,
+    x_B: Tensor,
+    y_B: Tensor,
+    units: list[slice],
+    factors: Factors,
+    sums: Sequence[Tensor],
+) -> None:
+    """Adds the clipped sum over some units that fit the plan to `sums`.
 
     Args:
-        plan: of `plan_for`, for this network and these rows.
+        plan: of `plans.plan_for`, for this network and these rows.
         module: the network, in training mode.
         loss_rows: loss of every row.
         x_B: inputs.
         y_B: targets.
         units: each unit's rows; at most plan.size.
         factors: squared norms to clip factors, 0 for a unit that contributes nothing.
-
-    Returns:
-        One float64 tensor per trainable parameter.
+        sums: one float64 tensor per trainable parameter; fastest if a convolution's has its channels last in memory.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    totals: dict[Tensor, Tensor] = dict(zip((p for p in module.parameters() if p.requires_grad), sums, strict=True))
     for first in range(0, len(units), plan.units):
         inside = units[first : first + plan.units]
         x, y, weight_B = _slots(plan, x_B, y_B, inside)
         tape = Recorder(plan.units, plan.ways)
-        found = clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors))
-        for total, parameter in zip(sums, parameters, strict=True):
-            if parameter in found:
-                total += found[parameter]
-    return sums
+        clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors), totals)
+
+
+def zero_sums(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """float64 zeros of each parameter's shape, laid out as `add_clipped_sum` likes them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return [
+        torch.zeros_like(p, dtype=torch.float64, memory_format=formats.get(p.dim(), torch.contiguous_format))
+        for p in parameters
+    ]
 
 
 def _of_the_first(there: int, factors: Factors) -> Factors:
@@ -193,9 +196,16 @@ def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def clipped_pass(
-    module: nn.Module, tape: Recorder, loss_rows: LossRows, x: Tensor, y: Tensor, weight_B: Tensor, factors: Factors
-) -> dict[Tensor, Tensor]:
-    """One forward and one backward pass over a chunk: each used parameter's clipped sum, float64.
+    module: nn.Module,
+    tape: Recorder,
+    loss_rows: LossRows,
+    x: Tensor,
+    y: Tensor,
+    weight_B: Tensor,
+    factors: Factors,
+    totals: Mapping[Tensor, Tensor],
+) -> None:
+    """One forward and one backward pass over a chunk; adds each parameter's clipped sum to its float64 total.
 
     Raises:
         Unsplittable: a layer or a parameter's use that is not known to split by unit.
@@ -205,13 +215,13 @@ def clipped_pass(
         loss_B = loss_rows(module(x), y)
         loss = (loss_B * weight_B.to(loss_B.dtype)).sum()
         if not loss.requires_grad:
-            return {}
+            return
         _, *outside = torch.autograd.grad(loss, [anchor, *parameters], allow_unused=True)
     strays = [name for name, gradient in zip(parameters.values(), outside, strict=True) if gradient is not None]
     if strays:
         raise Unsplittable(f"{strays[0]} is used outside of its layer")
     with torch.no_grad():
-        return tape.finish(factors)
+        tape.finish(factors, totals)
 
 
 # ---------------------------------------------------------------------------------------------------------- one weight
@@ -221,12 +231,20 @@ def _gradient(product: Product, way: str, *, restored: bool = True) -> Tensor:
     """[U, *weight.shape]; of the way "kept" [U, o, p] unless restored."""
     if way != "kept":
         return product.direct[way]()
-    found = torch.bmm(product.b().transpose(1, 2), product.a())
+    a = product.a(product.dtype)
+    found = torch.bmm(product.b(product.dtype).transpose(1, 2), a)
     return product.restore(found) if restored else found
 
 
-def _kept(gradient_UP: Tensor) -> tuple[Tensor, Finish]:
-    return _square(gradient_UP), lambda factor_U: _contract(gradient_UP, factor_U)
+def _kept(gradient_U: Tensor, restore: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Finish]:
+    """Norms and sum of units' gradients that are there, [U, ...]."""
+
+    def finish(factor_U: Tensor, total: Tensor) -> None:
+        # Channels may lie last in memory: what is added has the same order as the total.
+        summed = _contract(gradient_U.flatten(1), factor_U).view(gradient_U.shape[1:])
+        total += (restore(summed) if restore else summed).view_as(total)
+
+    return _square(gradient_U.flatten(1)), finish
 
 
 def _square(gradient_UP: Tensor) -> Tensor:
@@ -254,36 +272,42 @@ def _contract(gradient_UP: Tensor, factor_U: Tensor) -> Tensor:
 
 
 def _gram_square(a: Tensor, b: Tensor) -> Tensor:
-    """Squared norms [U] of b^T a without forming it: the sum of (a a^T) * (b b^T), in float64."""
-    a, b = a.double(), b.double()
-    square = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(b, b.transpose(1, 2))).sum((1, 2))
-    terms = (a.square().sum(2).sqrt() * b.square().sum(2).sqrt()).sum(1).square()
+    """Squared norms [U] of b^T a without forming it: the sum of (a a^T) * (b b^T), of float64 a and b."""
+    a_Utt, b_Utt = torch.bmm(a, a.transpose(1, 2)), torch.bmm(b, b.transpose(1, 2))
+    terms = (a_Utt.diagonal(0, 1, 2) * b_Utt.diagonal(0, 1, 2)).sqrt().sum(1).square()
+    square = (a_Utt * b_Utt).sum((1, 2))
     return torch.where(torch.isfinite(square), torch.maximum(square, _TRUST * terms), square)
 
 
-def _late(product: Product, factor_U: Tensor) -> Tensor:
-    """The clipped sum [o, p] from its factors, float64: products of float32 numbers are exact there."""
-    a, b = product.a().double(), product.b().double() * factor_U.view(-1, 1, 1)
+def _late(product: Product, factor_U: Tensor, total: Tensor) -> None:
+    """Adds the clipped sum from its factors, in float64: products of float32 numbers are exact there."""
+    a, b = product.a(torch.float64), product.b(torch.float64) * factor_U.view(-1, 1, 1)
     if not factor_U.all():
         gone = factor_U.view(-1, 1, 1) == 0
         a, b = a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)
-    return b.flatten(0, 1).t() @ a.flatten(0, 1)
+    a, b = a.flatten(0, 1), b.flatten(0, 1).t()
+    lines = product.lines(total)
+    if lines is None:
+        total += product.restore(b @ a)
+    else:
+        lines.addmm_(b, a)
 
 
-def _fastest(product: Product) -> str:
+def _fastest(product: Product, parameter: Tensor) -> str:
     """The fastest way whose result is the same in every slot, for a product whose slots all hold the same."""
     times: dict[str, float] = {}
+    (total,) = zero_sums([parameter])
     for way in _candidates(product):
         best = math.inf
         for _ in range(_TRIES):
             start = now()
             if way == "gram":
-                square, made = _gram_square(product.a(), product.b()), None
-                _late(product, torch.ones_like(square))
+                square, made = _gram_square(product.a(torch.float64), product.b(torch.float64)), None
+                _late(product, torch.ones_like(square), total)
             else:
-                made = _gradient(product, way, restored=False).flatten(1)
-                square, finish = _kept(made)
-                finish(torch.ones_like(square))
+                made = _gradient(product, way, restored=False)
+                square, finish = _kept(made, product.restore if way == "kept" else None)
+                finish(torch.ones_like(square), total)
             best = min(best, now() - start)
             if not alike(square) or (made is not None and not alike(made)):
                 best = math.inf

@@ -89,20 +89,24 @@ def _conv_product(
     positions = math.prod(grid.shape[2:])
     inputs, outputs = math.prod(layer.kernel_size) * image.shape[1], grid.shape[1]
 
-    def a() -> Tensor:
-        return _patches(image, layer, padding, grid.shape[2:]).reshape(units, -1, inputs)
+    def a(dtype: torch.dtype) -> Tensor:
+        return _patches(image.to(dtype), layer, padding, grid.shape[2:]).reshape(units, -1, inputs)
 
-    def b() -> Tensor:
-        return grid.flatten(2).transpose(1, 2).reshape(units, -1, outputs)
+    def b(dtype: torch.dtype) -> Tensor:
+        return grid.to(dtype).flatten(2).transpose(1, 2).reshape(units, -1, outputs)
 
     def restore(g: Tensor) -> Tensor:
         split: Tensor = g.unflatten(-1, (*layer.kernel_size, image.shape[1]))
         return split.movedim(-1, g.dim() - 1)
 
+    def lines(g: Tensor) -> Tensor | None:
+        last = g.movedim(1, -1)
+        return last.view(outputs, inputs) if last.is_contiguous() else None
+
     shape = (len(x) // units * positions, inputs, outputs)
     if layer.groups > 1:  # not a single product: only the direct ways are right
         shape = (0, *shape[1:])
-    return Product(a, b, shape, units, restore, direct)
+    return Product(a, b, shape, units, x.dtype, restore, lines, direct)
 
 
 def _patches(x_BC: Tensor, layer: Any, padding: list[int], out: torch.Size) -> Tensor:

@@ -72,7 +72,7 @@ def clipped_sum(
     if sum(sizes) != len(x_B):
         raise ValueError("sizes do not add up to the rows: refuse to guess which image belongs to whom")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    sums = bookkeeping.zero_sums(parameters)
     first, units = 0, list[slice]()
     for size in sizes:
         if size:
@@ -105,9 +105,9 @@ def _bookkept(
         if plan is None:
             left += some
             continue
-        found = bookkeeping.clipped_sum(plan, module, loss_rows, x_B, y_B, some, lambda square: _factors(square, clip))
-        for total, part in zip(sums, found, strict=True):
-            total += part
+        bookkeeping.add_clipped_sum(
+            plan, module, loss_rows, x_B, y_B, some, lambda square: _factors(square, clip), sums
+        )
     return left
 
 

@@ -75,6 +75,11 @@ def _counting(forward: Forward, layer: nn.Module, tape: Tape) -> Forward:
     return counted
 
 
+def same(tensor: Tensor) -> Tensor:
+    """The tensor."""
+    return tensor
+
+
 def _linear(name: str, layer: nn.Linear, tape: Tape, anchor: Tensor) -> Forward:
     def run(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, layer.weight, layer.bias), ()
@@ -84,7 +89,7 @@ def _linear(name: str, layer: nn.Linear, tape: Tape, anchor: Tensor) -> Forward:
         if layer.weight.requires_grad:
             a_Utp = by_unit(x, tape.units).flatten(1, -2)
             shape = (a_Utp.shape[1], a_Utp.shape[2], b_Uto.shape[2])
-            tape.product(name, layer.weight, Product(lambda: a_Utp, lambda: b_Uto, shape, tape.units, lambda g: g))
+            tape.product(name, layer.weight, Product(a_Utp.to, b_Uto.to, shape, tape.units, x.dtype, same, same))
         if is_trained(layer.bias):
             tape.gradient(name, layer.bias, b_Uto.sum(1))
         return gradient @ layer.weight if wanted else None

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fedscan_client.dp.bookkeeping import LossRows, Plan, Recorder, alike, clipped_pass, laid_out, now
+from fedscan_client.dp.bookkeeping import LossRows, Plan, Recorder, alike, clipped_pass, laid_out, now, zero_sums
 from fedscan_client.dp.tape import Unsplittable
 
 _ROWS = 32  # of a chunk
@@ -65,10 +65,16 @@ def _planned(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
         plan = Plan(units, size, memory_format, {})
         with contextlib.suppress(Unsplittable):
             alike_rows = _probe_rows(plan, x_B, y_B, same=True)
-            clipped_pass(probe, Recorder(plan.units, plan.ways, tries=True), loss_rows, *alike_rows, torch.ones_like)
+            tape = Recorder(plan.units, plan.ways, tries=True)
+            clipped_pass(probe, tape, loss_rows, *alike_rows, torch.ones_like, _totals(probe))
             if _certified(plan, probe, loss_rows, x_B, y_B):
                 return plan
     return None
+
+
+def _totals(probe: nn.Module) -> dict[Tensor, Tensor]:
+    trained = [p for p in probe.parameters() if p.requires_grad]
+    return dict(zip(trained, zero_sums(trained), strict=True))
 
 
 def _formats(
@@ -146,10 +152,10 @@ def _probe_rows(plan: Plan, x_B: Tensor, y_B: Tensor, *, same: bool) -> tuple[Te
 def _certified(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor) -> bool:
     """Whether a unit's part is the same, bit for bit, in every slot and beside other units; and right."""
     seen: list[list[Tensor]] = [[], []]
-    found: dict[Tensor, Tensor] = {}
     for same, tensors in zip((True, False), seen, strict=True):
         rows = _probe_rows(plan, x_B, y_B, same=same)
-        found = clipped_pass(probe, Recorder(plan.units, plan.ways, seen=tensors), loss_rows, *rows, torch.ones_like)
+        totals = _totals(probe)
+        clipped_pass(probe, Recorder(plan.units, plan.ways, seen=tensors), loss_rows, *rows, torch.ones_like, totals)
     if not all(alike(tensor) for tensor in seen[0]):
         return False
     if not all(torch.equal(first[0], second[0]) for first, second in zip(*seen, strict=True)):
@@ -160,6 +166,5 @@ def _certified(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y
     loss_B = loss_rows(probe(x), y)
     loss = (loss_B * weight_B.to(loss_B.dtype)).sum()
     plain = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    ours = [found.get(p, torch.zeros_like(p, dtype=torch.float64)) for p in trained]
-    off = sum(float((a - b).square().sum()) for a, b in zip(ours, plain, strict=True))
+    off = sum(float((a - b).square().sum()) for a, b in zip(totals.values(), plain, strict=True))
     return off <= _RIGHT**2 * sum(float(b.double().square().sum()) for b in plain)

@@ -22,19 +22,23 @@ class Product:
     """A weight whose gradient is, for each unit, the sum over its rows and positions of b^T a.
 
     Attributes:
-        a: makes [U, K T, p], on demand: an image's patches are many times the image.
-        b: makes [U, K T, o].
+        a: makes [U, K T, p] of a type, on demand: an image's patches are many times the image.
+        b: makes [U, K T, o] of a type.
         shape: (K T, p, o); K T is 0 where only the direct ways are right.
         units: U.
+        dtype: of the gradients.
         restore: [..., o, p] to [..., *weight.shape].
+        lines: a tensor of the weight's shape to its [o, p] view, or None where its memory does not allow one.
         direct: other exact ways to all units' gradients, [U, *weight.shape], by name.
     """
 
-    a: Callable[[], Tensor]
-    b: Callable[[], Tensor]
+    a: Callable[[torch.dtype], Tensor]
+    b: Callable[[torch.dtype], Tensor]
     shape: tuple[int, int, int]
     units: int
+    dtype: torch.dtype
     restore: Callable[[Tensor], Tensor]
+    lines: Callable[[Tensor], Tensor | None]
     direct: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 

@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def __init__(self, batch_first):
         super().__init__()
-        self.first, self.attention, self.out = batch_first, nn.MultiheadAttention(6, 2, batch_first=batch_first), None
+        self.first, self.attention = batch_first, nn.MultiheadAttention(6, 2, batch_first=batch_first)
         self.out = nn.Linear(6, 1)
 
     def forward(self, x):
@@ -203,8 +203,11 @@ def test_each_way_of_a_weight_is_exact(kind, way, size, memory_format):
     ways = {"0": way, "2": way, "5": "kept" if way in ("unit by unit", "grouped") else way}
     plan = Plan(4, size, memory_format, ways)
     units = [slice(i * size, (i + 1) * size) for i in range(4)]
-    found = bookkeeping.clipped_sum(
-        plan, module, tasks.loss_rows, x_B, y_B, units, lambda square: engine._factors(square, clip)
+    found = [torch.zeros_like(p) for p in module.parameters()]
+    if memory_format == torch.channels_last:  # also the layout of the sums
+        found = bookkeeping.zero_sums(found)
+    bookkeeping.add_clipped_sum(
+        plan, module, tasks.loss_rows, x_B, y_B, units, lambda square: engine._factors(square, clip), found
     )
     assert error(found, expected) <= 1e-12
 
@@ -252,8 +255,9 @@ def test_chunks_and_their_order_change_nothing(sizes, rows_at_once, order):
     assert plan is not None and plan.units == rows_at_once // 8
 
     def total(some):
-        parts = bookkeeping.clipped_sum(
-            plan, module, tasks.loss_rows, x_B, y_B, some, lambda square: engine._factors(square, 0.1)
+        parts = bookkeeping.zero_sums(list(module.parameters()))
+        bookkeeping.add_clipped_sum(
+            plan, module, tasks.loss_rows, x_B, y_B, some, lambda square: engine._factors(square, 0.1), parts
         )
         return torch.cat([p.flatten() for p in parts])
 
@@ -264,8 +268,8 @@ def test_chunks_and_their_order_change_nothing(sizes, rows_at_once, order):
 
 def test_a_gram_norm_lost_in_cancellation_is_not_trusted():
     """Terms 1e9 times the gradient: the true norm is lost, and the bound on it clips the unit to less."""
-    a = torch.tensor([[[1e9], [-1e9]]])
-    b = torch.ones(1, 2, 1)
+    a = torch.tensor([[[1e9], [-1e9]]], dtype=torch.float64)
+    b = torch.ones(1, 2, 1, dtype=torch.float64)
     assert bookkeeping._gram_square(a, b) == pytest.approx(1e-6 * 4e18)
 
 
@@ -343,7 +347,7 @@ def test_forwards_are_put_back_also_after_a_failure():
 
     recorder = Recorder(2, {"0": "kept"})
     with pytest.raises(ZeroDivisionError):
-        clipped_pass(module, recorder, broken, torch.rand(2, 3), torch.ones(2), torch.ones(2), torch.ones_like)
+        clipped_pass(module, recorder, broken, torch.rand(2, 3), torch.ones(2), torch.ones(2), torch.ones_like, {})
     assert "forward" not in vars(module[0]) and list(module.state_dict()) == names
 
 
