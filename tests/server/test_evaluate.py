@@ -93,18 +93,23 @@ def test_groups_are_told_apart_and_everybody_is_sharper_than_one_table():
     assert by_group["all"]["patients_noise_sd"] < by_group["F"]["patients_noise_sd"]
 
 
-def test_the_spread_it_states_is_the_spread_there_is():
+@pytest.mark.parametrize("run", [RUN, run_for("abc"), run_for(groups=["sex"])], ids=["plain", "labels", "groups"])
+def test_the_spread_it_states_is_the_spread_there_is(run):
     scores, targets = scored(3000)
-    exact, sites, noise = histogram(scores, targets), 3, 4.0
+    exact, sites, noise = np.zeros(histograms.shape(run)), 3, 4.0
+    exact[0] = histogram(scores, targets)[0]
+    exact[-1] = exact[0]  # all of them of unknown sex
     rng = np.random.default_rng(1)
     found = []
-    for _ in range(200):
-        noisy = [exact / sites + rng.normal(0, noise, exact.shape) for _ in range(sites)]
-        found.append(private_metrics(RUN, noisy, [noise] * sites)["auroc_private"])
-    assert all(one["status"] == "private" for one in found)
-    spread = np.std([one["value"] for one in found])
-    assert np.mean([one["noise_sd"] for one in found]) == pytest.approx(spread, rel=0.2)
-    assert abs(np.mean([one["value"] for one in found]) - tasks.auroc(scores, targets)) < 3 * spread / 200**0.5 + 3e-3
+    for _ in range(600):
+        noisy = [exact * histograms.share(run) / sites + rng.normal(0, noise, exact.shape) for _ in range(sites)]
+        found.append(private_metrics(run, noisy, [noise] * sites)["private_evaluation"]["cells"][0])
+    areas = [cell["auroc"] for cell in found]
+    assert all(one["status"] == "private" for one in areas)
+    spread = np.std([one["value"] for one in areas])
+    assert np.mean([one["noise_sd"] for one in areas]) == pytest.approx(spread, rel=0.08)
+    assert found[0]["patients_noise_sd"] == pytest.approx(np.std([cell["patients"] for cell in found]), rel=0.08)
+    assert abs(np.mean([one["value"] for one in areas]) - tasks.auroc(scores, targets)) < 3 * spread / 600**0.5 + 3e-3
 
 
 def test_withheld_where_noise_dominates():
@@ -124,6 +129,7 @@ def test_withheld_where_noise_dominates():
 
 def test_why_a_figure_is_withheld():
     lonely = histogram(np.linspace(0, 0.9, 500), np.zeros(500, int))
+    lonely[0, 0, 1, 5] = 8  # below 3 standard deviations of ten entries' noise
     found = everybody(private_metrics(RUN, [lonely], [1.0]))
     for name in ("auroc", "sensitivity", "ece"):
         assert found[name] == {"value": None, "status": "withheld", "reason": FEW_POSITIVES}
