@@ -218,8 +218,8 @@ def _interval(metric: Mapping[str, Any]) -> str:
 
 def _private_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"below each figure: its {found['confidence']:.0%} interval, for noise and for which patients there are; number: "
-        "noisy, +/- its noise's standard deviation",
+        f"below each figure: its {found['confidence']:.0%} interval, for noise and for which patients there are",
+        "number: noisy, +/- its noise's standard deviation",
         f"sensitivity and specificity: at a score of {found['threshold']:g}; ECE: calibration error, 0 is best",
     ]
     reasons = {cell[figure]["reason"] for cell in found["cells"] for figure in _FIGURES if "reason" in cell[figure]}

@@ -6,9 +6,9 @@ plan.evaluation_noise (unit: patient, adjacency: add or remove one).
 Proof. The release is T tables (everybody, and one per attribute of evaluation.groups) of K class scores each. In every
 table and class score each image of a patient adds w / images to exactly one entry: the one of its own group, label and
 bin. So a patient's part of one table and score has L1 norm at most w, hence L2 norm at most w, and the whole has a
-squared L2 norm of at most T K w^2, which is 1 for the w of `histograms.share`. The parts of different patients are sums:
-nobody's entry depends on another patient. (Groups overlap across tables, never within one: a patient is in one sex cell
-and one age cell, or in "unknown", by their own row alone; an image whose age differs from the last one's goes to its own.)
+squared L2 norm of at most T K w^2, which is 1 for the w of `histograms.share`. Where an image counts depends on nobody
+else: groups overlap across tables, never within one, and what is missing or not declared counts as "unknown". An image
+whose age differs from the patient's last one goes to its own age's cell, with its own part of w.
 
 Bins, groups and threshold are declared, never fitted. What the server does with the histograms is post-processing.
 The charge adds to the training's: nothing here rests on the two splits holding different patients.

@@ -14,6 +14,7 @@ intervals too wide, never too narrow. Nothing here adds noise or looks at a pati
 G groups of an attribute, B bins, T tested values.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +93,7 @@ def _groups(evaluation: Evaluation, attribute: str) -> tuple[str, ...]:
     if attribute == "sex":
         return SEXES
     edges = evaluation.age_edges
-    between = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+    between = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
     return (f"0-{edges[0] - 1}", *between, f"{edges[-1]}+")
 
 

@@ -1,8 +1,8 @@
 """Metrics from what the sites release: their noisy score histograms, summed. Never an average of the sites' AUROCs.
 
-All of it is post-processing: it costs no privacy beyond what `fedscan_client.evaluate` charged. Suppression too looks at
-noisy counts only. An image weighs 1 over its patient's images, so every figure is about patients; intervals cover what
-the model would do in the sites' population: they include the noise and the drawing of patients, not the binning.
+All of it is post-processing: it costs no privacy beyond what `fedscan_client.evaluate` charged. Suppression looks at
+noisy counts only. An image weighs 1 over its patient's images, so every figure is about patients; an interval is for
+what the model would do in the sites' population: it includes the noise and the drawing of patients, not the binning.
 """
 
 import dataclasses

@@ -44,7 +44,8 @@ def test_four_sites_of_500_patients_at_epsilon_1_are_within_002_of_the_exact_aur
     for site in held:
         site.inputs.mul_(sharpness)
     scores = {id(site): evaluate.predict(nn.Identity(), site) for site in held}
-    monkeypatch.setattr(evaluate, "predict", lambda module, site: scores[id(site)])  # the model stays: only noise is new
+    # The model stays the same: only the noise is new each time.
+    monkeypatch.setattr(evaluate, "predict", lambda module, site: scores[id(site)])
     exact = tasks.auroc(torch.cat(list(scores.values()))[:, 0], torch.cat([site.targets for site in held]))
     errors, inside = [], 0
     for _ in range(150):

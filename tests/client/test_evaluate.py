@@ -138,7 +138,8 @@ def test_the_budget_is_used_whole(make_run, make_patients, groups, classes):
 def test_who_is_not_known_counts_as_unknown(make_run, make_patients):
     run = make_run(evaluation={"groups": ["sex"]})
     found = evaluate.noisy_histogram(registry.for_run(run).module, make_patients([1, 1]), run, plan())
-    by_cell = dict(zip([cell.group for cell in histograms.cells(run.evaluation)], found.sum(axis=(1, 2, 3)), strict=True))
+    groups = [cell.group for cell in histograms.cells(run.evaluation)]
+    by_cell = dict(zip(groups, found.sum(axis=(1, 2, 3)), strict=True))
     assert by_cell == pytest.approx({"all": 2**0.5, "F": 0, "M": 0, "O": 0, "unknown": 2**0.5}, abs=3e-3)
 
 

@@ -137,6 +137,9 @@ def test_why_a_figure_is_withheld():
     found = everybody(private_metrics(RUN, [lonely[:, :, ::-1]], [1.0]))
     assert found["specificity"]["reason"] == found["auroc"]["reason"] == FEW_NEGATIVES
     assert found["sensitivity"]["status"] == "private"
+    three = np.concatenate([histogram(*scored(400))] * 2 + [lonely], axis=1)  # one of three labels has too few
+    found = everybody(private_metrics(run_for("abc"), [three], [1.0]))
+    assert found["sensitivity"]["reason"] == FEW_POSITIVES and found["specificity"]["status"] == "private"
     found = private_metrics(run_for(groups=["age"]), [], [])
     assert found["auroc_private"] == {"value": None, "status": "withheld", "reason": NO_ANSWER, "sites": 0}
     for cell in found["private_evaluation"]["cells"]:
