@@ -262,7 +262,7 @@ class Evaluation(Section):
             below = min(max(int(self.threshold * self.bins), 1), self.bins - 1)
             near = sorted({below / self.bins, min(below + 1, self.bins - 1) / self.bins})
             raise ValueError(
-                f"the threshold {self.threshold:g} is not an edge of {self.bins} bins; the next ones are "
+                f"threshold {self.threshold:g} is not an edge of {self.bins} bins; the next ones are "
                 f"{' and '.join(f'{value:.4g}' for value in near)}, or change evaluation.bins"
             )
         return self
