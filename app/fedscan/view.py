@@ -181,12 +181,49 @@ def show_summary(summary: Mapping[str, Any], folder: str, console: Console) -> N
     for name in sorted(per_site.keys() - names):
         table.add_row(f"{name} (never trains)", *[""] * 5, _value(per_site[name]))
     console.print(table)
+    if "private_evaluation" in summary["metrics"]:
+        console.print(_private_table(summary["metrics"]["private_evaluation"]))
     for line in _closing_lines(summary, folder):
         console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def _value(metric: Mapping[str, Any] | None) -> str:
     return "undefined" if not metric or metric["value"] is None else f"{metric['value']:.3f}"
+
+
+_FIGURES = ("auroc", "sensitivity", "specificity", "ece")
+
+
+def _private_table(found: Mapping[str, Any]) -> Table:
+    """Everybody and each group: what a deployed federation could publish, each figure with its interval."""
+    table = Table(
+        title=f"From noisy histograms of {found['sites']} sites' {found['split']} patients, as in deployment",
+        title_justify="left",
+    )
+    table.add_column("patients in", no_wrap=True)
+    for name in ("number", "AUROC", "sensitivity", "specificity", "ECE"):
+        table.add_column(name, justify="right")
+    for cell in found["cells"]:
+        name = "all" if cell["attribute"] == "all" else f"{cell['attribute']} {cell['group']}"
+        number = "" if cell["patients"] is None else f"{cell['patients']:.0f}\n+/- {cell['patients_noise_sd']:.0f}"
+        table.add_row(name, number, *(_interval(cell[figure]) for figure in _FIGURES))
+    return table
+
+
+def _interval(metric: Mapping[str, Any]) -> str:
+    if metric["value"] is None:
+        return "withheld"
+    return f"{metric['value']:.2f}\n{metric['low']:.2f}-{metric['high']:.2f}"
+
+
+def _private_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"below each figure: its {found['confidence']:.0%} interval, for noise and for which patients there are",
+        "number: noisy, +/- its noise's standard deviation",
+        f"sensitivity and specificity: at a score of {found['threshold']:g}; ECE: calibration error, 0 is best",
+    ]
+    reasons = {cell[figure]["reason"] for cell in found["cells"] for figure in _FIGURES if "reason" in cell[figure]}
+    return [*lines, *(f"withheld: {reason}" for reason in sorted(reasons))]
 
 
 def _closing_lines(summary: Mapping[str, Any], folder: str) -> list[str]:
@@ -198,10 +235,8 @@ def _closing_lines(summary: Mapping[str, Any], folder: str) -> list[str]:
             f"AUROC over all training sites' {pooled['split']} patients: {_value(pooled)} *    "
             "* exact, from pretend patients: simulation only"
         )
-    if "auroc_private" in metrics:
-        private = metrics["auroc_private"]
-        spread = f" (noise +/- {private['noise_sd']:.3f})" if private.get("noise_sd") is not None else ""
-        lines.append(f"AUROC from noisy histograms, as in deployment: {_value(private)}{spread}")
+    if "private_evaluation" in metrics:
+        lines += _private_lines(metrics["private_evaluation"])
     if summary["rounds_void"]:
         lines.append(f"{summary['rounds_void']} rounds had too few usable updates and changed nothing.")
     if summary["privacy_enabled"]:

@@ -24,7 +24,7 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
-from fedscan_models import registry
+from fedscan_models import histograms, registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
 
@@ -111,7 +111,7 @@ def _evaluate(here: Site, request: Request) -> Reply:
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, run.evaluation.split)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)
-        egress.check({"histogram": counts}, {"histogram": (evaluate.shape(run), "<f8")})
+        egress.check({"histogram": counts}, {"histogram": (histograms.shape(run), "<f8")})
         return {"histogram": counts}
 
     released = _release(here, request, run, plan, "histogram", work)

@@ -40,6 +40,7 @@ class Patients:
         offsets: [P + 1] int64; patient p owns rows offsets[p] to offsets[p + 1].
         ids: P identifiers, as the site holds them (pseudonyms, or a research table's own).
         left_out: why images were left out, one text each. For the site's own log only.
+        groups: each image's sex ("" where unknown) and age in years (None where unknown), [N]; empty: all unknown.
     """
 
     inputs: Tensor
@@ -47,6 +48,7 @@ class Patients:
     offsets: np.ndarray
     ids: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    groups: tuple[tuple[str, float | None], ...] = ()
 
     def __len__(self) -> int:
         """Number of patients."""
@@ -60,6 +62,8 @@ class Image:
     patient: str
     label: str
     split: str
+    sex: str
+    age: float | None
     load: functools.partial[np.ndarray]
 
 
@@ -116,6 +120,8 @@ def images_of(
                     row["patient_id"],
                     row["label"],
                     row["split"],
+                    (row.get("sex") or "").strip().upper(),
+                    _age(row.get("age") or ""),
                     functools.partial(_row_image, folder / row["file"], row["index"], size=size, channels=channels),
                 )
                 for row in csv.DictReader(file)
@@ -133,8 +139,17 @@ def images_of(
             continue
         for record in records:
             load = functools.partial(_cached_image, record.image, (channels, *size))
-            images.append(Image(record.patient, record.label, record.split or split_of(key, record.patient), load))
+            where = record.split or split_of(key, record.patient)
+            images.append(Image(record.patient, record.label, where, record.sex, record.age, load))
     return images, left_out
+
+
+def _age(text: str) -> float | None:
+    """Years, or None for what is no number: a spoilt age puts its own image into the group "unknown", no more."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _cached_image(image_CHW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -164,6 +179,7 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     rows: list[Tensor] = []
     names: list[str] = []
     targets: list[int] = []
+    groups: list[tuple[str, float | None]] = []
     for number, image in enumerate(images):
         try:
             target, x_BCHW = label_index(image.label, run.task.labels), torch.from_numpy(image.load()[None])
@@ -176,9 +192,12 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
             continue
         names.append(f"{image.patient}/{number}" if unit == "image" else image.patient)
         targets.append(target)
+        groups.append((image.sex, image.age))
     inputs = torch.cat(rows) if rows else torch.zeros(0)
     starts = [0] if names else []
     starts += [i for i in range(1, len(names)) if names[i] != names[i - 1]]
     offsets = np.array([*starts, len(names)], dtype=np.int64)
     ids = tuple(names[start] for start in starts)
-    return Patients(inputs, torch.tensor(targets, dtype=torch.int64), offsets, ids, tuple(left_out))
+    return Patients(
+        inputs, torch.tensor(targets, dtype=torch.int64), offsets, ids, tuple(left_out), groups=tuple(groups)
+    )

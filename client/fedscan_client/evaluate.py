@@ -1,10 +1,17 @@
-"""Private evaluation: one noisy histogram of the model's scores, by true class.
+"""Private evaluation: noisy histograms of the model's scores by label, for everybody and for each declared group.
 
 Guarantee of `noisy_histogram`: the Gaussian mechanism with L2 sensitivity 1 and standard deviation
-plan.evaluation_noise (unit: patient, adjacency: add or remove one). Every patient adds a total weight of 1, spread
-evenly over their images, so their contribution has L1 norm 1, and with it L2 norm at most 1 (K class scores: K blocks
-of weight 1/sqrt(K)). Bins are declared, never fitted. What the server does with it (AUROC, suppression) is
-post-processing.
+plan.evaluation_noise (unit: patient, adjacency: add or remove one).
+
+Proof. The release is T tables (everybody, and one per attribute of evaluation.groups) of K class scores each. In every
+table and class score each image of a patient adds w / images to exactly one entry: the one of its own group, label and
+bin. So a patient's part of one table and score has L1 norm at most w, hence L2 norm at most w, and the whole has a
+squared L2 norm of at most T K w^2, which is 1 for the w of `histograms.share`. Where an image counts depends on nobody
+else: groups overlap across tables, never within one, and what is missing or not declared counts as "unknown". An image
+whose age differs from the patient's last one goes to its own age's cell, with its own part of w.
+
+Bins, groups and threshold are declared, never fitted. What the server does with the histograms is post-processing.
+The charge adds to the training's: nothing here rests on the two splits holding different patients.
 """
 
 import numpy as np
@@ -16,14 +23,9 @@ from fedscan_client.dp.engine import MARGIN
 from fedscan_client.dp.noise import SecretStream, add_noise
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_models import tasks
+from fedscan_models import histograms, tasks
 
 _BATCH = 256
-
-
-def shape(run: RunConfig) -> tuple[int, int, int]:
-    """Shape of what `noisy_histogram` returns."""
-    return tasks.histogram_shape(run.task.labels, run.evaluation.bins)
 
 
 def predict(module: nn.Module, patients: Patients) -> Tensor:
@@ -42,28 +44,46 @@ def predict(module: nn.Module, patients: Patients) -> Tensor:
     return scores.view(len(scores), -1)
 
 
-def histogram(scores_NK: np.ndarray, targets_N: np.ndarray, weights_N: np.ndarray, bins: int) -> np.ndarray:
-    """Exact weighted histogram [K, 2, bins] over equal bins of [0, 1]; scores that are not finite fall out."""
-    classes = scores_NK.shape[1]
-    counts = np.zeros((classes, 2, bins))
+def histogram(
+    scores_NK: np.ndarray,
+    targets_N: np.ndarray,
+    weights_N: np.ndarray,
+    cells_NT: np.ndarray,
+    shape: tuple[int, int, int, int],
+) -> np.ndarray:
+    """Exact weighted histograms [CELLS, K, 2, BINS] over equal bins of [0, 1]; scores that are not finite fall out.
+
+    Args:
+        scores_NK: class scores of each image.
+        targets_N: label index of each image.
+        weights_N: what each image adds to one entry of every table and score.
+        cells_NT: the image's cell in each table.
+        shape: of the result.
+    """
+    counts = np.zeros(shape)
+    classes, bins = shape[1], shape[3]
     for k in range(classes):
         score = scores_NK[:, k]
         finite = np.isfinite(score)
         positive = (targets_N == (1 if classes == 1 else k)).astype(int)[finite]
         bin_ = np.clip((score[finite] * bins).astype(int), 0, bins - 1)
-        np.add.at(counts[k], (positive, bin_), weights_N[finite])
+        for cell_N in cells_NT[finite].T:
+            np.add.at(counts, (cell_N, k, positive, bin_), weights_N[finite])
     return counts
 
 
 def noisy_histogram(module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan) -> np.ndarray:
-    """float64 [K, 2, bins] with noise on every entry. Of K > 1 class scores each block gets 1/sqrt(K)."""
-    scores_NK = predict(module, patients).double().numpy()
-    classes = tasks.outputs(run.task.labels)
-    sizes = np.diff(patients.offsets)
-    weights_N = np.repeat(1.0 / np.maximum(sizes, 1), sizes) / np.sqrt(classes)
+    """float64 [CELLS, K, 2, BINS] (`histograms.shape`) with noise on every entry; see the module's docstring."""
+    counts = np.zeros(histograms.shape(run))
     if len(patients):
-        counts = histogram(scores_NK, patients.targets.numpy(), weights_N, run.evaluation.bins)
-    else:
-        counts = np.zeros(shape(run))
+        sizes = np.diff(patients.offsets)
+        groups = patients.groups or (("", None),) * len(patients.targets)
+        counts = histogram(
+            predict(module, patients).double().numpy(),
+            patients.targets.numpy(),
+            np.repeat(1.0 / np.maximum(sizes, 1), sizes) * histograms.share(run),
+            np.array([histograms.cells_of(run.evaluation, sex, age) for sex, age in groups]),
+            counts.shape,
+        )
     noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream())
     return noisy[0].numpy()

@@ -249,7 +249,13 @@ def _rate(run: RunConfig, patients_declared: int) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _evaluation_noise(target: float, delta: float) -> float:
-    return calibrate(lambda noise: (GaussianQuery(noise),), target, delta)
+    try:
+        return calibrate(lambda noise: (GaussianQuery(noise),), target, delta)
+    except PrivacyError as error:
+        raise PrivacyError(
+            f"Private evaluation: {error.message}",
+            remedy="Raise evaluation.budget_share or target_epsilon, or set evaluation.private = false.",
+        ) from None
 
 
 def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: float) -> float:

@@ -222,14 +222,50 @@ class Evaluation(Section):
         10, ge=0, description="Simulation: evaluate every so many rounds and at the end; 0 = at the end only."
     )
     private: bool = Field(
-        False,
+        True,
         strict=True,
-        description="Sites answer one noisy score histogram at the end, charged to their ledgers: works in deployment.",
+        description="Sites answer one noisy score histogram at the end, charged to their ledgers: works in deployment. "
+        "Without privacy.enabled there is none.",
     )
     budget_share: float = Field(
-        0.1, gt=0, lt=1, description="Share of the target epsilon that fixes the private evaluation's noise."
+        0.2, gt=0, lt=1, description="Share of the target epsilon that fixes the private evaluation's noise."
     )
-    bins: int = Field(20, ge=2, le=1000, description="Score bins of the private histogram.")
+    bins: int = Field(10, ge=10, le=20, description="Score bins of the private histogram: fewer bins, less noise.")
+    threshold: float = Field(
+        0.5, gt=0, lt=1, description="Score from which an image counts as positive; it must be an edge of the bins."
+    )
+    groups: tuple[Literal["sex", "age"], ...] = Field(
+        (), description="Private metrics also by these; each shares the same budget, so every figure gets noisier."
+    )
+    age_edges: tuple[int, ...] = Field(
+        (40, 65), min_length=1, max_length=8, description="Where one age group ends and the next begins, in years."
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each attribute once")
+        return value
+
+    @field_validator("age_edges")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted({edge for edge in value if 1 <= edge <= 90}):
+            raise ValueError("ages must rise and lie between 1 and 90 (older people are cached as 90)")
+        return value
+
+    @model_validator(mode="after")
+    def _threshold_on_an_edge(self) -> "Evaluation":
+        edge = round(self.threshold * self.bins)
+        if not 0 < edge < self.bins or abs(self.threshold * self.bins - edge) > 1e-9:
+            below = min(max(int(self.threshold * self.bins), 1), self.bins - 1)
+            near = sorted({below / self.bins, min(below + 1, self.bins - 1) / self.bins})
+            raise ValueError(
+                f"threshold {self.threshold:g} is not an edge of {self.bins} bins; the next ones are "
+                f"{' and '.join(f'{value:.4g}' for value in near)}, or change evaluation.bins"
+            )
+        return self
 
 
 class SiteRule(Section):

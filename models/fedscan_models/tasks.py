@@ -4,7 +4,7 @@ A classification task has a list of labels. Two labels make one logit and a bina
 more make one logit a label and a softmax cross-entropy. The second label is the positive one.
 
 Metrics work on arrays of scores that are already outside the guarantee (public data, a site's own
-screen) or on noisy histograms (``auroc_from_histogram``); nothing here adds noise.
+screen); those from noisy histograms are in ``histograms``. Nothing here adds noise.
 
 B batch, N images, K outputs, D bootstrap draws, U distinct scores.
 """
@@ -35,11 +35,6 @@ def outputs(labels: Sequence[str]) -> int:
             remedy="List each label once; with two labels the second is the positive one.",
         )
     return 1 if len(labels) == 2 else len(labels)
-
-
-def histogram_shape(labels: Sequence[str], bins: int) -> tuple[int, int, int]:
-    """[score of class, true or not, bins]: one 2 x bins histogram per class score (two labels: one in all)."""
-    return (outputs(labels), 2, bins)
 
 
 def loss_rows(logits_BK: Tensor, target_B: Tensor) -> Tensor:
@@ -98,37 +93,6 @@ def brier(scores: ArrayLike, targets: ArrayLike) -> float:
     if score.ndim == 1:
         return float(np.mean((score - target) ** 2))
     return float(np.mean(((score - np.eye(score.shape[1])[target]) ** 2).sum(axis=1)))
-
-
-def auroc_from_histogram(hist_2xBINS: ArrayLike) -> float | None:
-    """AUROC from counts per score bin, which may be noisy: two images in one bin count as a tie.
-
-    Noisy counts are used as they are, negative ones too: clipping them first would pull the area
-    downwards, and their noise averages out. The result is clipped to [0, 1]. With few images it
-    can still be far off; it is withheld where a label's noisy total says there is nothing to
-    compare.
-
-    Args:
-        hist_2xBINS: row 0 counts the negatives, row 1 the positives; bins in rising order of score.
-
-    Returns:
-        The area, or None if a row's total is zero or less.
-
-    Raises:
-        DataError: for another shape.
-    """
-    hist = np.asarray(hist_2xBINS, dtype=np.float64)
-    if hist.ndim != 2 or hist.shape[0] != 2 or hist.shape[1] < 1:
-        raise DataError(
-            f"A score histogram has 2 rows, not the shape {hist.shape}.",
-            remedy="Give one row of negatives and one of positives.",
-        )
-    negative, positive = hist
-    pairs = float(negative.sum()) * float(positive.sum())
-    if negative.sum() <= 0 or positive.sum() <= 0:
-        return None
-    below = np.cumsum(negative) - negative / 2
-    return float(np.clip((positive * below).sum() / pairs, 0.0, 1.0))
 
 
 def auroc_interval(

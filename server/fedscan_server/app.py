@@ -319,16 +319,16 @@ def _finish(
     """The private evaluation if the run has one, then the released model and the summary."""
     run = job.run
     if run.evaluation.private and run.privacy.enabled:
-        histograms: list[np.ndarray] = []
+        released: list[np.ndarray] = []
         noise: list[float] = []
         request = Request(job.run_id, wire.EVALUATION_ROUND, config.for_sites(run), state.average)
         for name, reply in _exchange(grid, job, "evaluate", request, nodes):
             if isinstance(reply, Reply) and reply.status == "ok" and evaluate.fits(run, reply.histogram):
                 assert reply.histogram is not None
-                histograms.append(reply.histogram)
+                released.append(reply.histogram)
                 noise.append(plans[name].evaluation_noise)
-            job.watch(Progress("evaluate", run.train.rounds, run.train.rounds, len(histograms), len(nodes)))
-        metrics |= evaluate.private_metrics(histograms, noise)
+            job.watch(Progress("evaluate", run.train.rounds, run.train.rounds, len(released), len(nodes)))
+        metrics |= evaluate.private_metrics(run, released, noise)
     sha = config.sha256(run)
     tracking.write_model(
         job.folder, state.average, {"run": run.name, "config_sha256": sha, "labels": "|".join(run.task.labels)}

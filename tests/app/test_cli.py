@@ -107,9 +107,17 @@ REFUSED = {
     "no folder": (["{run}", "--data", "nowhere"], "nowhere"),
     "out of reach": (["{run}", "--data", "{table}", "--set", "privacy.target_epsilon=0.001"], "0.01"),
     "too much noise": (
-        ["{run}", "--data", "{table}", "--set", "privacy.target_epsilon=0.02", "--set", "train.rounds=9000"],
+        [
+            *("{run}", "--data", "{table}", "--set", "privacy.target_epsilon=0.02", "--set", "train.rounds=9000"),
+            *("--set", "evaluation.private=false"),
+        ],
         "noise multiplier above 100",
     ),
+    "too little for the evaluation": (
+        ["{run}", "--data", "{table}", "--set", "privacy.target_epsilon=0.02"],
+        "evaluation.private = false",
+    ),
+    "threshold": (["{run}", "--set", "evaluation.threshold=0.33"], "threshold 0.33 is not an edge of 10 bins"),
     "start weights": (["{run}", "--data", "{table}", "--set", "model.init=none.safetensors"], "none.safetensors"),
     "out is a file": (["{run}", "--data", "{table}", "--out", "{run}"], "is a file"),
     "resume and more": (["{run}", "--resume", "r"], "--resume goes on"),

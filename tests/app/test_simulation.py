@@ -148,7 +148,7 @@ def test_what_was_spent_before_a_stop_stays_spent(run_for, table, tmp_path):
     assert path.read_bytes().startswith(before)
     booked = ledger.summary(path)
     assert booked["committed"]["epsilon"] == summary["sites"][0]["epsilon"]
-    assert [run["reserved"] for run in booked["runs"].values()] == [3]
+    assert [run["reserved"] for run in booked["runs"].values()] == [4]  # three rounds and the evaluation
 
 
 def test_resume_refuses_what_is_no_run_or_another_one(run_for, table, tmp_path):

@@ -13,6 +13,20 @@ from fedscan_server.app import Progress
 RUN = config_file.parse({"name": "seen"})
 OPEN = config_file.parse({"name": "seen", "privacy": {"enabled": False}})
 METRICS = {"auroc": {"value": 0.9123, "status": "simulation_only", "split": "test"}}
+SEEN = {"value": 0.88, "low": 0.79, "high": 0.951, "status": "private"}
+UNSEEN = {"value": None, "status": "withheld", "reason": "not clear of the noise"}
+PRIVATE = {
+    "split": "test",
+    "sites": 4,
+    "threshold": 0.7,
+    "confidence": 0.95,
+    "cells": [
+        {"attribute": "all", "group": "all", "patients": 1234.4, "patients_noise_sd": 21.7}
+        | dict.fromkeys(("auroc", "sensitivity", "specificity", "ece"), SEEN),
+        {"attribute": "sex", "group": "F", "patients": -3.1, "patients_noise_sd": 21.7}
+        | dict.fromkeys(("auroc", "sensitivity", "specificity", "ece"), UNSEEN),
+    ],
+}
 STEPS = [
     Progress("prepare", 0, 4, 0, 2),
     Progress("prepare", 0, 4, 2, 2),
@@ -86,14 +100,20 @@ def test_the_summary_names_every_site_and_what_the_figures_are(private):
         "metrics": {
             **METRICS,
             "auroc_per_site": {"north": {"value": 0.9}, "south": {"value": 0.7}},
-            "auroc_private": {"value": 0.88, "noise_sd": 0.02, "status": "private"},
+            **({"auroc_private": {"value": 0.88}, "private_evaluation": PRIVATE} if private else {}),
         },
     }
     out = io.StringIO()
-    view.show_summary(summary, "runs/seen", Console(file=out, width=120))
+    view.show_summary(summary, "runs/seen", Console(file=out, width=80))
     text = out.getvalue()
-    for part in ("north", "south (never trains)", "0.912", "simulation only", "0.880", "1 rounds had too few"):
+    for part in ("north", "south (never trains)", "0.912", "simulation only", "1 rounds had too few"):
         assert part in text
+    for part in (
+        "noisy histograms of 4 sites' test patients",
+        *("sex F", "1234", "+/- 22", "0.88", "0.79-0.95", "withheld", "not clear of the noise", "at a score of 0.7"),
+    ):
+        assert (part in text) == private, part
+    assert "…" not in text  # it fits a terminal of 80 columns
     assert ("7.990" in text) == private
     assert (view.NO_PRIVACY in text) != private
 

@@ -55,7 +55,7 @@ def released(here):
 @pytest.fixture
 def run(make_run):
     """Three private rounds and a private evaluation."""
-    return make_run(evaluation={"private": True})
+    return make_run()
 
 
 @pytest.fixture
@@ -83,7 +83,15 @@ def test_declare_seals_the_plan_that_follows_from_public_values(here, run):
         ({"max_delta": 1e-9}, {}, "this site allows 1e-09"),
         ({"min_noise_multiplier": 1.1}, {}, "floor is 1.1"),
         ({}, {"privacy": {"delta": 0.009}, "train": {"rounds": 3}}, "this site allows 0.001"),
-        ({}, {"privacy": {"noise_multiplier": None, "target_epsilon": 0.02}, "train": {"rounds": 9999}}, "multiplier"),
+        (
+            {},
+            {
+                "privacy": {"noise_multiplier": None, "target_epsilon": 0.02},
+                "train": {"rounds": 9999},
+                "evaluation": {"private": False},
+            },
+            "multiplier",
+        ),
     ],
 )
 def test_declare_refuses_with_a_reason_fit_for_a_researcher(make_site, make_run, tmp_path, policy, sections, words):
@@ -156,7 +164,7 @@ def test_nothing_is_trained_before_a_plan_is_sealed(make_site, make_run, tmp_pat
 
 def test_a_configuration_that_changed_since_is_refused(here, make_run):
     """Otherwise the server could have more steps than the plan pays for."""
-    more = make_run(evaluation={"private": True}, train={"local_steps": 50})
+    more = make_run(train={"local_steps": 50})
     assert ask(here, "train", more, round_=1, model=weights(more)).status == "failed"
     assert kinds(here) == ["open", "plan"]
 
@@ -308,7 +316,7 @@ def test_an_answer_that_was_lost_is_not_made_again(here, run):
 def test_the_private_evaluation_is_answered_once(here, run):
     first = ask(here, "evaluate", run, model=weights(run))
     again = ask(here, "evaluate", run, model=weights(run))
-    assert first.status == "ok" and first.histogram.shape == (1, 2, run.evaluation.bins)
+    assert first.status == "ok" and first.histogram.shape == (1, 1, 2, run.evaluation.bins)
     assert first.histogram.tobytes() == again.histogram.tobytes()
     assert released(here)[0]["sha256"] == wire.fingerprint({"histogram": first.histogram})
     assert ask(here, "evaluate", run, model=weights(run, seed=1)).status == "failed"
@@ -318,7 +326,7 @@ def test_the_private_evaluation_is_answered_once(here, run):
 
 
 def test_a_run_without_private_evaluation_has_none(make_site, make_run, tmp_path):
-    here, run = make_site(tmp_path / "north"), make_run()
+    here, run = make_site(tmp_path / "north"), make_run(evaluation={"private": False})
     ask(here, "query", run)
     assert ask(here, "evaluate", run, model=weights(run)).status == "failed"
     assert kinds(here) == ["open", "plan"]

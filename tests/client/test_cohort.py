@@ -68,6 +68,20 @@ def test_each_patients_images_lie_side_by_side(make_site, make_run, tmp_path):
     assert load_patients(site, make_run(), "test").ids == ("d",)
 
 
+def test_sex_and_age_are_each_images_own_whatever_is_written_there(make_site, make_run, tmp_path):
+    site = make_site(tmp_path / "s", rows=ROWS)
+    written = [("M", "41"), (" f", "39.5"), ("", ""), ("woman", "old"), ("F", "nan"), ("M", "1e999"), ("O", "7")]
+    edit(site, lambda number, row: row.update(zip(("sex", "age"), written[number], strict=False)))
+    found = load_patients(site, make_run(), "train")
+    assert found.left_out == () and len(found.groups) == len(found.targets) == 5
+    by_image = {row[3]: text for row, text in zip(ROWS, written, strict=False)}
+    read = dict(zip((1, 4, 0, 2, 3), found.groups, strict=True))  # sorted by patient, as above
+    assert {seed: sex for seed, (sex, _) in read.items()} == {s: by_image[s][0].strip().upper() for s in read}
+    for seed, (_, age) in read.items():
+        text = by_image[seed][1]
+        assert (age is None) == (text in ("", "old")) and (age is None or str(float(text)) == str(age))
+
+
 def test_images_as_units_are_one_each(make_site, make_run, tmp_path):
     site = make_site(tmp_path / "s", rows=ROWS)
     run = make_run(privacy={"unit": "image"})

@@ -196,8 +196,8 @@ def test_rate_and_steps_are_the_runs():
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_training_and_evaluation_together_stay_below_the_target(share):
-    alone = plan_for(run_config(), 640)
-    plan = plan_for(run_config(evaluation={"private": True, "budget_share": share}), 640)
+    alone = plan_for(run_config(evaluation={"private": False}), 640)
+    plan = plan_for(run_config(evaluation={"budget_share": share}), 640)  # private by default
     assert plan.events() == (PoissonGaussian(0.1, plan.noise_multiplier, 20), GaussianQuery(plan.evaluation_noise))
     assert plan.epsilon == epsilon(plan.events(), plan.delta) and 7.98 < plan.epsilon <= 8
     assert epsilon(plan.events()[1:], plan.delta) == pytest.approx(8 * share, rel=2e-3)
@@ -216,8 +216,14 @@ def test_given_noise_is_taken_and_priced():
     [
         (run_config(), 0, "declared cohort of 0"),
         (run_config(privacy={"delta": 2e-3}), 500, "delta 0.002 is not below"),
-        (run_config(privacy={"target_epsilon": 0.05}, evaluation={"private": True}), 500, "below 0.01"),
-        (run_config(privacy={"target_epsilon": 0.02}, train={"patients_per_step": "all"}), 500, "above 100"),
+        (run_config(privacy={"target_epsilon": 0.04}), 500, r"Private evaluation: .* below 0\.01.*private = false"),
+        (
+            run_config(
+                privacy={"target_epsilon": 0.02}, train={"patients_per_step": "all"}, evaluation={"private": False}
+            ),
+            500,
+            "above 100",
+        ),
     ],
 )
 def test_what_cannot_be_promised_is_refused(run, size, word):
@@ -229,9 +235,9 @@ def test_what_cannot_be_promised_is_refused(run, size, word):
 
 
 HONEST = [
-    (run_config(), 640),
-    (run_config(), 30),
-    (run_config(evaluation={"private": True}), 640),
+    (run_config(evaluation={"private": False}), 640),
+    (run_config(evaluation={"private": False}), 30),
+    (run_config(evaluation={"groups": ["sex", "age"]}), 640),
     (run_config(privacy={"noise_multiplier": 1.3}, evaluation={"private": True}), 640),
     (run_config(privacy={"delta": 1e-6, "unit": "image"}), 640),
     (run_config(privacy={"enabled": False}, evaluation={"private": True}), 640),

@@ -134,6 +134,18 @@ def test_one_of_epsilon_and_noise():
         ("train.multiplicity=2", "train.multiplicity"),
         ("train.momentum=1", "train.momentum"),
         ("aggregation.min_sites=0", "aggregation.min_sites"),
+        ("evaluation.bins=9", "evaluation.bins"),
+        ("evaluation.bins=21", "evaluation.bins"),
+        ("evaluation.bins=15", "threshold 0.5 is not an edge of 15 bins; the next ones are 0.4667 and 0.5333"),
+        ("evaluation.threshold=0.33", "not an edge of 10 bins; the next ones are 0.3 and 0.4"),
+        ("evaluation.threshold=0.01", "the next ones are 0.1 and 0.2"),
+        ("evaluation.threshold=0.99", "the next ones are 0.9"),
+        ("evaluation.threshold=1.0", "evaluation.threshold"),
+        ('evaluation.groups=["eyes"]', "evaluation.groups"),
+        ('evaluation.groups=["sex","sex"]', "each attribute once"),
+        ("evaluation.age_edges=[65,40]", "ages must rise"),
+        ("evaluation.age_edges=[0,40]", "between 1 and 90"),
+        ("evaluation.age_edges=[]", "evaluation.age_edges"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(change, key):
@@ -153,6 +165,13 @@ def test_values_out_of_range_are_refused_by_name(change, key):
 def test_what_does_not_go_together(tree, word):
     with pytest.raises(ConfigError, match=word):
         config_file.parse(tree)
+
+
+@pytest.mark.parametrize(("bins", "threshold"), [(10, 0.5), (10, 0.7), (20, 0.15), (12, 0.25), (18, 0.5)])
+def test_a_threshold_on_an_edge_is_taken(bins, threshold):
+    run = config_file.parse({"evaluation": {"bins": bins, "threshold": threshold}})
+    assert run.evaluation.private and run.evaluation.threshold == threshold
+    assert config.from_server(config.for_sites(run)).evaluation == run.evaluation
 
 
 def test_frozen():

@@ -81,15 +81,6 @@ def test_auroc_is_the_chance_that_a_positive_scores_higher(rows):
     assert tasks.auroc(scores, targets) == pytest.approx(slow_auroc(scores, targets))
 
 
-@given(SCORED)
-def test_a_histogram_with_one_bin_per_score_gives_the_exact_auroc(rows):
-    hist = np.zeros((2, 7))
-    for score, label in rows:
-        hist[label, score] += 1
-    scores, targets = zip(*rows, strict=True)
-    assert tasks.auroc_from_histogram(hist) == pytest.approx(slow_auroc(scores, targets))
-
-
 def test_auroc_of_many_labels_is_the_mean_of_one_against_the_rest():
     rng = np.random.default_rng(0)
     scores, targets = rng.random((30, 3)).round(1), rng.integers(0, 3, 30)
@@ -112,21 +103,6 @@ def test_brier():
     assert tasks.brier([1.0, 0.0, 0.5], [1, 0, 1]) == pytest.approx(0.25 / 3)
     assert tasks.brier([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]], [0, 1]) == pytest.approx(0.25)
     assert tasks.brier([0.5], [1]) == 0.25  # one label alone is fine here
-
-
-def test_a_noisy_histogram_is_used_as_it_is_and_withheld_without_images():
-    assert tasks.auroc_from_histogram([[0, 0, 0], [1, 2, 3]]) is None
-    assert tasks.auroc_from_histogram([[5, -6], [1, 2]]) is None
-    assert tasks.auroc_from_histogram([[1, 2], [5, -5]]) is None
-    assert tasks.auroc_from_histogram([[-3, 4], [9, -1]]) == 0.0  # noise took it out of [0, 1]
-    rng = np.random.default_rng(0)
-    clean = np.array([[40, 30, 20, 10], [10, 20, 30, 40.0]])
-    noise = rng.normal(0, 5, (2000, *clean.shape))
-    areas = [area for n in noise if (area := tasks.auroc_from_histogram(clean + n)) is not None]
-    assert len(areas) == 2000  # 100 images a label: noise never brings a total below zero
-    assert np.mean(areas) == pytest.approx(tasks.auroc_from_histogram(clean), abs=0.005)
-    with pytest.raises(DataError):
-        tasks.auroc_from_histogram([1, 2, 3])
 
 
 @settings(max_examples=20)

@@ -69,8 +69,8 @@ def good_reply(site, kind, request):
         return Reply(NAMES[site], "ok", plan=plan_for(run, SIZES[site]))
     if kind == "train":
         return Reply(NAMES[site], "ok", update=update_of(site, request))
-    counts = np.full((1, 2, run.evaluation.bins), 5.0)
-    counts[0, 1, run.evaluation.bins // 2 :] += 50
+    counts = np.full((1, 1, 2, run.evaluation.bins), 5.0)
+    counts[0, 0, 1, run.evaluation.bins // 2 :] += 50
     return Reply(NAMES[site], "ok", histogram=counts)
 
 
@@ -181,7 +181,7 @@ def test_sites_are_asked_once_a_round_for_the_plan_the_updates_and_the_evaluatio
 
 
 def test_no_private_evaluation_is_asked_for_where_the_run_has_none(tmp_path):
-    for number, sections in enumerate(({}, {"evaluation": {"private": True}, "privacy": {"enabled": False}})):
+    for number, sections in enumerate(({"evaluation": {"private": False}}, {"privacy": {"enabled": False}})):
         sites = Sites()
         _, summary, _ = go(tmp_path / str(number), run_config(rounds=1, **sections), sites)
         assert "evaluate" not in {kind for kind, _, _ in sites.asked} and summary["metrics"] == {}
@@ -303,13 +303,13 @@ def test_too_few_sites_end_the_run_before_training(tmp_path):
 
 def test_a_histogram_that_does_not_fit_is_left_out(tmp_path):
     def answer(site, kind, request, good):
-        bad = {0: np.full((1, 2, 20), np.nan), 1: np.full((1, 2, 20), "x")}
+        bad = {0: np.full((1, 1, 2, 10), np.nan), 1: np.full((1, 1, 2, 10), "x")}
         return dataclasses.replace(good, histogram=bad[site]) if kind == "evaluate" and site in bad else good
 
     _, summary, _ = go(tmp_path, run_config(rounds=1, evaluation={"private": True}), Sites(answer))
     good = good_reply(2, "evaluate", wire.Request("r", 0, config.for_sites(run_config()))).histogram
     assert good is not None
-    assert summary["metrics"] == evaluate.private_metrics([good], [1.0])  # sigma is 1 in these runs
+    assert summary["metrics"] == evaluate.private_metrics(run_config(), [good], [1.0])  # sigma is 1 in these runs
     assert summary["metrics"]["auroc_private"]["sites"] == 1
 
 
@@ -397,4 +397,4 @@ def test_the_server_app_runs_the_job(tmp_path):
     job = Job(run_config(rounds=1), "demo-1", tmp_path, watch=lambda progress: seen.append(progress.phase))
     make_app(job)(Sites().grid, Context(1, 1, {}, wire.request_record(wire.Request("r", 0, "")), {}))
     assert (tmp_path / tracking.SUMMARY).exists()
-    assert list(dict.fromkeys(seen)) == ["declare", "round", "done"]
+    assert list(dict.fromkeys(seen)) == ["declare", "round", "evaluate", "done"]
