@@ -79,7 +79,8 @@ def allowance(epsilon: float, delta: float, order: int) -> float:
 
 def filter_order(epsilon: float, delta: float) -> int:
     """The order at which a filter of this lifetime budget lets most unsampled Gaussian steps through."""
-    return max((allowance(epsilon, delta, order) / order, order) for order in ORDERS)[1]
+    best: int = max(ORDERS, key=lambda order: allowance(epsilon, delta, order) / order)
+    return best
 
 
 def _conversion(order: int, delta: float) -> float:

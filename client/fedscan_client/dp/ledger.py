@@ -62,6 +62,21 @@ class Release:
     steps: int
 
 
+def constants(budget: Budget, patients_declared: int, gate: Gate) -> Row:
+    """What a ledger is opened with, as its first row holds it."""
+    return {
+        "state": "opened",
+        "epsilon": _decimal(budget.epsilon),
+        "delta": _decimal(budget.delta),
+        "gate": gate,
+        "orders": rdp.ORDERS,
+        "order": rdp.filter_order(budget.epsilon, budget.delta) if gate == "rdp" else None,
+        "patients_declared": patients_declared,
+        "unit": UNIT,
+        "adjacency": ADJACENCY,
+    }
+
+
 def open_ledger(book: Book, budget: Budget, patients_declared: int, gate: Gate = "sum") -> None:
     """Creates the ledger, or checks all of the one there, and that it has this budget, gate and declared size.
 
@@ -75,19 +90,11 @@ def open_ledger(book: Book, budget: Budget, patients_declared: int, gate: Gate =
             f"{old} is the ledger of an earlier version, which this one does not read.",
             remedy="Subtract what its plans spent from policy.max_epsilon and policy.max_delta, then rename it.",
         )
-    wanted: Row = {
-        "state": "opened",
-        "epsilon": _decimal(budget.epsilon),
-        "delta": _decimal(budget.delta),
-        "gate": gate,
-        "order": rdp.filter_order(budget.epsilon, budget.delta) if gate == "rdp" else None,
-        "patients_declared": patients_declared,
-    }
+    wanted = constants(budget, patients_declared, gate)
     with ledger_file.writing(book, create=True) as db:
         ledger_file.check(db)
         if ledger_file.head(db)[0] == 0:
-            fixed = {"ledger_id": token_hex(8), "unit": UNIT, "adjacency": ADJACENCY, "orders": rdp.ORDERS}
-            ledger_file.append(db, {**wanted, **fixed})
+            ledger_file.append(db, {**wanted, "ledger_id": token_hex(8)})
             return
         opened = _opened(db)
     words = {"epsilon": "epsilon", "delta": "delta", "gate": "the gate", "patients_declared": "a declared size of"}
@@ -218,13 +225,20 @@ def answer_of(book: Book, run_id: str, round_: int) -> str | None:
     return str(rows[0]["output"]) if rows else None
 
 
-def one_more(book: Book, plan: SitePlan) -> dict[str, Any]:
+def one_more(book: Book, plan: SitePlan, unopened: Row) -> dict[str, Any]:
     """What one more run with this plan would take: its share of the budget, whether it fits, and with which noise.
 
     Charges nothing. `noise_that_fits` is the smallest training noise multiplier that would be admitted, or None.
+
+    Args:
+        book: the ledger.
+        plan: of the run.
+        unopened: the `constants` of a ledger that is not there yet.
     """
-    with ledger_file.reading(book) as db:
-        opened, admitted = _opened(db), _admitted(db)
+    opened, admitted = unopened, list[Row]()
+    if book.ledger.exists():
+        with ledger_file.reading(book) as db:
+            opened, admitted = _opened(db), _admitted(db)
     reason = ledger_gate.over(opened, admitted, plan)
     noise = plan.noise_multiplier if reason is None else ledger_gate.least_noise(opened, admitted, plan)
     share = ledger_gate.share_of(opened, plan)

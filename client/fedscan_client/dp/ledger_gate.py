@@ -25,8 +25,8 @@ def over(opened: Row, admitted: Sequence[Row], plan: SitePlan) -> str | None:
         if fits and delta + Decimal(repr(float(plan.delta))) <= Decimal(opened["delta"]):
             return None
         return (
-            f"The run asks for epsilon {plan.epsilon:.3g}; of {opened['epsilon']}, "
-            f"{Decimal(opened['epsilon']) - epsilon:.3g} is left (delta: {plan.delta:g} of {opened['delta']} in all)."
+            f"The run asks for epsilon {plan.epsilon:.3g}; of {float(opened['epsilon']):g}, "
+            f"{float(Decimal(opened['epsilon']) - epsilon):.3g} is left (delta: {plan.delta:g} of {float(opened['delta']):g} in all)."
         )
     if not 0 < plan.delta < 1 or not plan.epsilon >= 0:
         return f"The run asks for epsilon {plan.epsilon:g} at delta {plan.delta:g}, which are out of range."
