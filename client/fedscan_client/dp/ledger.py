@@ -20,6 +20,7 @@ bytes burns the round.
 
 import dataclasses
 import json
+import math
 import sqlite3
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from fedscan_client.dp import ledger_file, ledger_gate
 from fedscan_client.dp.ledger_file import Book, Row
 from fedscan_core import accounting, rdp
 from fedscan_core.accounting import ADJACENCY, UNIT, Event, GaussianQuery, PoissonGaussian, SitePlan
-from fedscan_core.errors import BudgetError, RecordDamaged
+from fedscan_core.errors import BudgetError, ConfigError, RecordDamaged
 
 Answer = Literal["new", "answered", "burned"]
 Gate = Literal["sum", "rdp"]
@@ -63,7 +64,16 @@ class Release:
 
 
 def constants(budget: Budget, patients_declared: int, gate: Gate) -> Row:
-    """What a ledger is opened with, as its first row holds it."""
+    """What a ledger is opened with, as its first row holds it.
+
+    Raises:
+        ConfigError: a budget that is no budget.
+    """
+    if not (0 <= budget.epsilon < math.inf and 0 <= budget.delta < 1) or (gate == "rdp" and budget.delta == 0):
+        raise ConfigError(
+            f"A lifetime budget of epsilon {budget.epsilon:g} and delta {budget.delta:g}.",
+            remedy="policy.max_epsilon is a number from 0, policy.max_delta lies between 0 and 1.",
+        )
     return {
         "state": "opened",
         "epsilon": _decimal(budget.epsilon),

@@ -1,11 +1,13 @@
 """The arithmetic of a ledger's gate, on rows as they are in the file: is there room, and how much is reserved.
 
-All sums are on the side of privacy: decimals add exactly, Renyi DP is rounded up, what an order allows is rounded down.
+All sums are on the side of privacy: the rows' decimals add exactly, Renyi DP is rounded up, and what an order allows is
+rounded down.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from fedscan_core import accounting, rdp
@@ -20,13 +22,14 @@ def over(opened: Row, admitted: Sequence[Row], plan: SitePlan) -> str | None:
     if opened["gate"] == "sum":
         epsilon, delta = _sums(admitted)
         # "not": a price that is no number lets nothing through
-        fits = plan.epsilon >= 0 and plan.delta >= 0
-        fits = fits and epsilon + Decimal(repr(float(plan.epsilon))) <= Decimal(opened["epsilon"])
-        if fits and delta + Decimal(repr(float(plan.delta))) <= Decimal(opened["delta"]):
+        fits = 0 <= plan.epsilon < math.inf and 0 <= plan.delta < math.inf
+        fits = fits and epsilon + Fraction(repr(float(plan.epsilon))) <= Fraction(opened["epsilon"])
+        if fits and delta + Fraction(repr(float(plan.delta))) <= Fraction(opened["delta"]):
             return None
+        left = float(Fraction(opened["epsilon"]) - epsilon)
         return (
-            f"The run asks for epsilon {plan.epsilon:.3g}; of {float(opened['epsilon']):g}, "
-            f"{float(Decimal(opened['epsilon']) - epsilon):.3g} is left (delta: {plan.delta:g} of {float(opened['delta']):g} in all)."
+            f"The run asks for epsilon {plan.epsilon:.3g}; of {float(opened['epsilon']):g}, {left:.3g} is left "
+            f"(delta: {plan.delta:g} of {float(opened['delta']):g} in all)."
         )
     if not 0 < plan.delta < 1 or not plan.epsilon >= 0:
         return f"The run asks for epsilon {plan.epsilon:g} at delta {plan.delta:g}, which are out of range."
@@ -46,7 +49,7 @@ def reserved(opened: Row, admitted: Sequence[Row]) -> dict[str, float]:
     """
     if opened["gate"] == "sum":
         epsilon, delta = _sums(admitted)
-        share = max(_share(epsilon, Decimal(opened["epsilon"])), _share(delta, Decimal(opened["delta"])))
+        share = max(_share(epsilon, Fraction(opened["epsilon"])), _share(delta, Fraction(opened["delta"])))
         return {"epsilon": float(epsilon), "delta": float(delta), "share": share}
     spent, delta_ = spent_rdp(opened, admitted), float(opened["delta"])
     epsilon_ = rdp.to_epsilon([spent], delta_, [opened["order"]]) if admitted else 0.0
@@ -70,12 +73,12 @@ def least_noise(opened: Row, admitted: Sequence[Row], plan: SitePlan) -> float |
 
     epsilon, delta = _sums(admitted)
     by_sum = opened["gate"] == "sum"
-    if by_sum and delta + Decimal(repr(float(plan.delta))) > Decimal(opened["delta"]):
+    if by_sum and delta + Fraction(repr(float(plan.delta))) > Fraction(opened["delta"]):
         return None
     try:
         return accounting.calibrate(
             lambda noise: dataclasses.replace(plan, noise_multiplier=noise).events(),
-            float(Decimal(opened["epsilon"]) - epsilon) if by_sum else float(opened["epsilon"]),
+            float(Fraction(opened["epsilon"]) - epsilon) if by_sum else float(opened["epsilon"]),
             plan.delta if by_sum else float(opened["delta"]),
             accounting.epsilon if by_sum else filtered,
         )
@@ -98,10 +101,10 @@ def _cost(opened: Row, events: Sequence[Event]) -> float:
     return accounting.renyi(events, (opened["order"],))[0]
 
 
-def _sums(admitted: Sequence[Row]) -> tuple[Decimal, Decimal]:
-    epsilon = sum((Decimal(row["epsilon"]) for row in admitted), Decimal(0))
-    return epsilon, sum((Decimal(row["delta"]) for row in admitted), Decimal(0))
+def _sums(admitted: Sequence[Row]) -> tuple[Fraction, Fraction]:
+    epsilon = sum((Fraction(row["epsilon"]) for row in admitted), Fraction(0))
+    return epsilon, sum((Fraction(row["delta"]) for row in admitted), Fraction(0))
 
 
-def _share(part: float | Decimal, whole: float | Decimal) -> float:
+def _share(part: float | Fraction, whole: float | Fraction) -> float:
     return float(part) / float(whole) if whole > 0 else float(part > 0)
