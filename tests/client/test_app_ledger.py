@@ -22,7 +22,7 @@ from fedscan_models import registry
 def ask(here, kind, run, *, round_=0, model=None):
     grid = InlineGrid(app.make_app(here if callable(here) else lambda context: here), 1)
     record = wire.request_record(Request("demo", round_, config.for_sites(run), model))
-    (reply,) = grid.send_and_receive([Message(record, grid.get_node_ids()[0], kind)])
+    (reply,) = grid.send_and_receive([Message(record, next(iter(grid.get_node_ids())), kind)])
     return wire.read_reply(reply.content)
 
 

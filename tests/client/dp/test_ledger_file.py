@@ -4,15 +4,12 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedscan_client.dp import ledger_file, ledger_lock
+from fedscan_client.dp import ledger_file
 from fedscan_client.dp.ledger import Budget, Release, admit, answer_of, open_ledger, reserve, settle, summary
 from fedscan_client.dp.ledger_file import Book
 from fedscan_core import files
@@ -372,55 +369,6 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(book, monkeypatch):
         with pytest.raises(RecordDamaged):
             reserve(book, "a", 3, **ASKED)
     assert reserve(book, "a", 3, **ASKED) == "new"
-
-
-# --------------------------------------------------------------------------------------------------------------- lock
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from fedscan_client.dp import ledger_lock
-ledger_lock.hold(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_second_agent_is_refused_until_the_first_is_gone_however_it_ends(book, monkeypatch):
-    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(book.ledger)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
-        for name, door in doors(book).items():
-            if name == "summary":
-                assert door()["rows"] == 5  # looking is free
-                continue
-            with pytest.raises(FolderError, match=f"process {first.pid}"):
-                door()
-        monkeypatch.setattr(ledger_lock, "_PATIENCE", 0.05)
-        with pytest.raises(FolderError, match="Another agent"):
-            ledger_lock.hold(book.ledger)
-        assert len(rows(book)) == 5
-    finally:
-        first.kill()
-        first.wait()
-    assert reserve(book, "a", 3, **ASKED) == "new"
-
-
-def test_whoever_holds_it_goes_on_working_and_waits_for_a_borrower(book):
-    script = "import time\nfrom pathlib import Path\nfrom fedscan_client.dp import ledger_lock\n" + (
-        f"with ledger_lock.borrow(Path({str(book.ledger)!r})):\n    print('at work', flush=True); time.sleep(0.3)"
-    )
-    borrower = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert borrower.stdout is not None and borrower.stdout.readline() == "at work\n"
-    began = time.monotonic()
-    ledger_lock.hold(book.ledger)
-    assert time.monotonic() - began > 0.1 and borrower.wait() == 0
-    try:
-        ledger_lock.hold(book.ledger)  # of the same process: nothing happens
-        assert reserve(book, "a", 3, **ASKED) == "new"
-    finally:
-        os.close(ledger_lock._held.pop(book.ledger.with_suffix(".lock")))
 
 
 def test_a_folder_that_cannot_be_written_is_said_plainly(book, monkeypatch):
