@@ -18,12 +18,12 @@ def exact(q: float, sigma: float, order: int) -> float:
     """log E[((1 - q) + q L)^order] / (order - 1): the sum as it stands in the paper, in decimals of 80 digits."""
     with decimal.localcontext(prec=80, Emax=10**9, Emin=-(10**9)):
         qq, ss = Decimal(q), Decimal(sigma)
-        terms = [
-            math.comb(order, k) * (1 - qq) ** (order - k) * qq**k * (k * (k - 1) / (2 * ss * ss)).exp()
-            for k in range(1 if q < 1 else order, order + 1)
-        ]
-        zeroth = (1 - qq) ** order if q < 1 else Decimal(0)
-        return float((sum(terms) + zeroth).ln() / (order - 1))
+        total = Decimal(0)
+        for k in range(order + 1):
+            chosen = math.comb(order, k) * qq**k if k else Decimal(1)
+            left = (1 - qq) ** (order - k) if k < order else Decimal(1)
+            total += chosen * left * (k * (k - 1) / (2 * ss * ss)).exp()
+        return float(total.ln() / (order - 1))
 
 
 @settings(max_examples=60)
