@@ -139,6 +139,13 @@ def test_a_release_that_the_plan_does_not_pay_for_is_not_reserved(book, release)
     assert states(book) == ["opened", "admitted"]
 
 
+def test_the_one_query_that_a_plan_pays_for_is_reserved_once(book):
+    assert reserve(book, "a", 0, **{**ASKED, "release": QUERY}) == "new"
+    with pytest.raises(RecordDamaged, match="does not pay"):
+        reserve(book, "a", 1, **{**ASKED, "release": QUERY})
+    assert reserve(book, "a", 1, **ASKED) == "new"
+
+
 @given(wishes=st.lists(st.integers(0, 14), min_size=1, max_size=12))
 @settings(max_examples=12, deadline=None)
 def test_steps_and_queries_in_all_never_pass_the_sealed_plan(wishes):
