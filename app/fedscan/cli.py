@@ -53,6 +53,18 @@ Draws synthetic patients. Nothing in them comes from a person.
   fedscan phantom images/                       a research table: metadata.csv and PNG images, for --data
   fedscan phantom hospital/ --dicom             one hospital: DICOM files with invented identities, labels, consent"""
 
+_AGENT_LEDGER = """\
+Shows what a site's runs have cost its patients in privacy: the lifetime budget, what is reserved of it and spent, by
+run and by round, and what one more run would cost. It checks the whole ledger first, changes nothing, and may be used
+while an agent is at work.
+
+  fedscan agent ledger /srv/fedscan/site
+  fedscan agent ledger /srv/fedscan/site --run my.toml      would this run still fit?
+  fedscan agent ledger /srv/fedscan/site --json > today.json
+
+budget: what site.toml allows for ever. reserved: held by admitted runs, whole, whether they end early or not. spent:
+the part of it whose noise may have been drawn. Exit code 2 if the ledger was changed, is gone, or is an older copy."""
+
 
 _AUDIT = """\
 Attacks this code's own training with canary patients, through the real clip, sampler and noise of RUN.toml, and
@@ -155,6 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     phantom.add_argument("--size", type=int, default=64, help="rows and columns of an image (default %(default)s)")
     phantom.add_argument("--seed", type=int, default=0, help="the same seed draws the same patients")
     phantom.set_defaults(command=_phantom)
+
+    agent = commands.add_parser("agent", help="for hospital IT: look after a site", formatter_class=plain)
+    of_agent = agent.add_subparsers(metavar="COMMAND", required=True)
+    ledger = of_agent.add_parser(
+        "ledger", help="budget, reserved, spent", description=_AGENT_LEDGER, formatter_class=plain
+    )
+    ledger.add_argument("site", metavar="SITE_DIR", type=Path, help="the site's folder, which holds site.toml")
+    ledger.add_argument("--run", metavar="RUN.toml", type=Path, help="price this run instead of the last one again")
+    ledger.add_argument("--json", action="store_true", help="print JSON on standard output")
+    ledger.set_defaults(command=_agent_ledger)
     return parser
 
 
@@ -271,6 +293,12 @@ def _phantom(arguments: argparse.Namespace) -> int:
         raise FolderError(f"{folder} cannot be filled: {error.strerror}.", remedy="Check its permissions.") from None
     print(f"{arguments.patients} synthetic patients are in {folder}")
     return 0
+
+
+def _agent_ledger(arguments: argparse.Namespace) -> int:
+    from fedscan_client import agent
+
+    return agent.show_ledger(arguments.site, arguments.run, arguments.json)
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

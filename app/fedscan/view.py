@@ -244,6 +244,9 @@ def _closing_lines(summary: Mapping[str, Any], folder: str) -> list[str]:
         lines.append(
             f"What left each site is (epsilon, delta)-differentially private for adding or removing one {unit}."
         )
+        replaced = max(site.get("epsilon_replace_one", 0.0) for site in summary["sites"])
+        if replaced:
+            lines.append(f"Replacing one {unit} by another: epsilon {replaced:.3f} (dp-accounting's REPLACE_ONE).")
     else:
         lines.append("this run protected nobody. It is a baseline.")
     lines.append(f"Everything this run left is in {folder}")

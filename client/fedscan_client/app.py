@@ -16,13 +16,14 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save
 
 from fedscan_client import cohort, evaluate, site, train
-from fedscan_client.dp import ledger
+from fedscan_client.dp import engine, ledger, ledger_lock
+from fedscan_client.dp.ledger import Release
 from fedscan_client.gate import egress, guard, policy
 from fedscan_client.site import Site
 from fedscan_core import accounting, config, files, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import ConfigError, PrivacyError, RecordDamaged, WireError
+from fedscan_core.errors import ConfigError, FolderError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import histograms, registry
 
@@ -72,8 +73,8 @@ def _declare(here: Site, request: Request) -> Reply:
         run, plan = _permit(here, request)
         if run.privacy.enabled:
             budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
-            ledger.open_ledger(here.ledger, budget, here.patients_declared)
-            ledger.admit(here.ledger, request.run_id, plan, _sha(request.config))
+            ledger.open_ledger(here.book, budget, here.patients_declared, here.policy.gate)
+            ledger.admit(here.book, request.run_id, plan, _sha(request.config))
     except Refused as refused:
         return Reply(here.name, "refused", refused.reason)
     except RecordDamaged:
@@ -97,7 +98,10 @@ def _train(here: Site, request: Request) -> Reply:
         egress.check(delta, allowed)
         return delta
 
-    update = _release(here, request, run, plan, "update", work)
+    clip, divisor = engine.sensitivity(run.privacy.clip), plan.sampling_rate * plan.patients_declared
+    steps = run.train.local_steps
+    release = Release("poisson_gauss", plan.sampling_rate, plan.noise_multiplier, clip, divisor, steps)
+    update = _release(here, request, run, plan, release, work)
     return Reply(here.name, "failed") if update is None else Reply(here.name, "ok", update=update)
 
 
@@ -114,7 +118,8 @@ def _evaluate(here: Site, request: Request) -> Reply:
         egress.check({"histogram": counts}, {"histogram": (histograms.shape(run), "<f8")})
         return {"histogram": counts}
 
-    released = _release(here, request, run, plan, "histogram", work)
+    release = Release("gaussian", 1.0, plan.evaluation_noise, sensitivity=1.0, divisor=1.0, steps=0)
+    released = _release(here, request, run, plan, release, work)
     return Reply(here.name, "failed") if released is None else Reply(here.name, "ok", histogram=released["histogram"])
 
 
@@ -143,31 +148,34 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
 
 
 def _release(
-    here: Site, request: Request, run: RunConfig, plan: SitePlan, what: str, work: Callable[[], Arrays]
+    here: Site, request: Request, run: RunConfig, plan: SitePlan, release: Release, work: Callable[[], Arrays]
 ) -> Arrays | None:
-    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned."""
+    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned.
+
+    The bytes lie beside the ledger, which stays small and is only ever added to: it holds their digest.
+    """
+    run_id, round_ = request.run_id, request.round
+    what = "update" if release.steps else "histogram"
     if not run.privacy.enabled:
         bare = work()
-        egress.record(here.folder, run_id=request.run_id, round_=request.round, what=what, arrays=bare)
+        egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=bare)
         return bare
-    answer = here.folder / "outbox" / request.run_id / f"{request.round}-{what}.safetensors"
+    answer = here.folder / "outbox" / run_id / f"{round_}-{what}.safetensors"
+    config_sha, input_sha = _sha(request.config), wire.fingerprint(request.model or {})
     state = ledger.reserve(
-        here.ledger,
-        request.run_id,
-        request.round,
-        plan=plan,
-        config_sha=_sha(request.config),
-        input_sha=wire.fingerprint(request.model or {}),
+        here.book, run_id, round_, plan=plan, config_sha=config_sha, input_sha=input_sha, release=release
     )
-    if state == "burned" or (state == "answered" and not answer.exists()):
+    if state == "burned":
         return None
     if state == "new":
         arrays = work()
         _keep_only(answer)
         files.write_atomic(answer, save(arrays))
-        ledger.settle(here.ledger, request.run_id, request.round, wire.fingerprint(arrays))
+        ledger.settle(here.book, run_id, round_, wire.fingerprint(arrays))
     released: Arrays = load_file(answer)
-    egress.record(here.folder, run_id=request.run_id, round_=request.round, what=what, arrays=released)
+    if wire.fingerprint(released) != ledger.answer_of(here.book, run_id, round_):
+        raise RecordDamaged(f"{answer} is not what was persisted.", remedy="It is not made again.")
+    egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=released)
     return released
 
 
@@ -191,8 +199,14 @@ def _note(here: Site, text: str) -> None:
 
 
 def _open_configured(context: Context) -> Site:
-    """A deployed node's site: the folder its agent named when it started the node."""
-    return site.load(Path(str(context.node_config[SITE_KEY])))
+    """A deployed node's site: the folder its agent named when it started the node. Its ledger is this process's."""
+    here = site.load(Path(str(context.node_config[SITE_KEY])))
+    try:
+        ledger_lock.hold(here.ledger)
+    except FolderError as error:
+        _note(here, str(error))
+        raise
+    return here
 
 
 app = make_app(_open_configured)

@@ -3,7 +3,8 @@
     FOLDER/site.toml       name, declared cohort size, where its images are, the hospital's policy
            cohort.csv      source "table": the rows of this site
            cache/ key      source "cache": what `intake.ingest` wrote, and the key (0600)
-           ledger.jsonl    what has been spent, for ever
+           ledger.sqlite   what has been spent, for ever
+           ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
            outbox/         the last noisy answer, kept until the next one is there
            released.jsonl  what left, by hash
            site.log        everything that may depend on patients: never leaves
@@ -18,6 +19,7 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
@@ -34,19 +36,29 @@ class Source(BaseModel):
 
 
 class Site(BaseModel):
-    """One hospital. `patients_declared` is typed by a person and constant for the ledger."""
+    """One hospital. `patients_declared` is typed by a person and constant for the ledger.
+
+    `counter` is the file that notices an older copy of the ledger; on another disk than the folder it outlives a
+    restored backup. Default: FOLDER/ledger.counter.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(pattern=NAME_PATTERN)
     patients_declared: int = Field(ge=0)
     source: Source
     policy: Policy
+    counter: Path | None = None
     folder: Path = Field(exclude=True)
 
     @property
     def ledger(self) -> Path:
         """The ledger's file."""
-        return self.folder / "ledger.jsonl"
+        return self.folder / "ledger.sqlite"
+
+    @property
+    def book(self) -> Book:
+        """The ledger with its counter."""
+        return Book(self.ledger, self.folder / (self.counter or "ledger.counter"))
 
 
 def load(folder: Path) -> Site:
@@ -70,4 +82,4 @@ def load(folder: Path) -> Site:
 def save(site: Site) -> None:
     """Writes FOLDER/site.toml."""
     site.folder.mkdir(parents=True, exist_ok=True)
-    (site.folder / FILE).write_text(tomli_w.dumps(site.model_dump(mode="json")), encoding="utf-8")
+    (site.folder / FILE).write_text(tomli_w.dumps(site.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

@@ -4,8 +4,9 @@ Unit: the patient. Adjacency: adding or removing one patient. Every price is an 
 
 - `epsilon` composes by privacy loss distributions (PLD; Koskela et al. 2020, Doroshenko et al. 2022, through
   `dp_accounting`, pessimistic estimate): tight, some hundredths of a second.
-- `epsilon_so_far` composes by Renyi DP at fixed orders (Mironov et al. 2019): 8 to 24 % above, microseconds, for live
-  views.
+- `renyi` and `renyi_epsilon` compose by Renyi DP at fixed orders (`fedscan_core.rdp`): 8 to 24 % above, instant, for
+  live views and for ledgers whose gate is an RDP filter.
+- `replace_one` is the price of exchanging one patient for another, which is higher: always said by its name.
 
 Assumed: each event's parameters were fixed before the first was run (a sealed plan), the noise is Gaussian, sampling is
 independent per patient. Stopping a plan early costs less than its price and needs no new one.
@@ -21,8 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from fedscan_core import rdp
 from fedscan_core.config import MAX_NOISE_MULTIPLIER, MIN_EPSILON, RunConfig
 from fedscan_core.errors import PrivacyError
 
@@ -30,7 +30,6 @@ UNIT = "patient"
 ADJACENCY = "add_or_remove_one"
 _INTERVAL = 1e-3  # PLD grid where sigma >= 0.7: within 0.001 of 1e-4 in research/dp.md section 3, ten times faster
 _MIN_NOISE = 0.01  # below this a price is inf: beyond any use, and its grid would not fit into memory
-_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 192, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,16 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
     Raises:
         PrivacyError: an event with parameters out of range.
     """
-    return _epsilon(tuple(events), delta)
+    return _epsilon(tuple(events), delta, False)
+
+
+def replace_one(events: Sequence[Event], delta: float) -> float:
+    """As `epsilon`, for exchanging one patient for another (dp-accounting's REPLACE_ONE; unsampled: sensitivity 2)."""
+    return _epsilon(tuple(events), delta, True)
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(events: tuple[Event, ...], delta: float) -> float:
+def _epsilon(events: tuple[Event, ...], delta: float, replace: bool) -> float:
     if not events:
         return 0.0
     for event in events:
@@ -104,15 +108,18 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     if all(isinstance(event, GaussianQuery) or event.sampling_rate == 1.0 for event in events):
         # Without sampling the whole is one Gaussian mechanism: exact, no grid.
         counts = [event.count if isinstance(event, GaussianQuery) else event.steps for event in events]
-        return _gaussian_epsilon(
-            math.sqrt(sum(n / e.noise_multiplier**2 for n, e in zip(counts, events, strict=True))), delta
-        )
+        mu = math.sqrt(sum(n / e.noise_multiplier**2 for n, e in zip(counts, events, strict=True)))
+        return _gaussian_epsilon(2 * mu if replace else mu, delta)
     import dp_accounting
     from dp_accounting import pld
 
     # One step's loss is about 1 / (2 sigma^2): where that is large the grid is as much coarser. Still an upper bound.
     widest = max(1.0, *(0.5 / event.noise_multiplier**2 for event in events))
-    accountant = pld.PLDAccountant(value_discretization_interval=_INTERVAL * widest)
+    relation = dp_accounting.NeighboringRelation
+    accountant = pld.PLDAccountant(
+        relation.REPLACE_ONE if replace else relation.ADD_OR_REMOVE_ONE,
+        value_discretization_interval=_INTERVAL * widest,
+    )
     for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         if isinstance(event, GaussianQuery):
@@ -140,38 +147,30 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
+def renyi(events: Sequence[Event], orders: tuple[int, ...] = rdp.ORDERS) -> tuple[float, ...]:
+    """Renyi DP of the composition at these orders, rounded up; 0 for no events, inf without noise.
+
+    Raises:
+        PrivacyError: an event with parameters out of range.
+    """
+    for event in events:
+        _check(event)
+    curves = [
+        rdp.sampled_gaussian(getattr(event, "sampling_rate", 1.0), event.noise_multiplier, orders)  # query: everybody
+        for event in events
+    ]
+    times = [event.count if isinstance(event, GaussianQuery) else event.steps for event in events]
+    return rdp.add(*curves, times=times) if curves else (0.0,) * len(orders)
+
+
+def renyi_epsilon(events: Sequence[Event], delta: float) -> float:
+    """Epsilon of the composition at `delta`, by Renyi DP. 0 for no events."""
+    return rdp.to_epsilon(renyi(events), delta) if events else 0.0
+
+
 def epsilon_so_far(plan: SitePlan, steps: int) -> float:
     """An upper bound on what the first `steps` steps of a plan have cost; instant, never above the plan's price."""
-    if steps <= 0:
-        return 0.0
-    rdp = np.array(_rdp_step(plan.sampling_rate, plan.noise_multiplier)) * steps
-    orders = np.array(_ORDERS)
-    # Conversion of Canonne, Kamath, Steinke 2020, proposition 12.
-    bound = rdp + np.log1p(-1 / orders) - (math.log(plan.delta) + np.log(orders)) / (orders - 1)
-    return float(min(plan.epsilon, max(0.0, float(bound.min()))))
-
-
-@functools.lru_cache(maxsize=4096)
-def _rdp_step(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
-    """Renyi DP of one step at whole orders (Mironov, Talwar, Zhang 2019, section 3.3)."""
-    from scipy.special import gammaln, logsumexp
-
-    if noise_multiplier == 0:
-        return tuple(math.inf for _ in _ORDERS)
-    if sampling_rate == 1.0:
-        return tuple(order / (2 * noise_multiplier**2) for order in _ORDERS)
-    values = []
-    for order in _ORDERS:
-        k = np.arange(order + 1)
-        log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-        terms = (
-            log_binomial
-            + k * math.log(sampling_rate)
-            + (order - k) * math.log1p(-sampling_rate)
-            + k * (k - 1) / (2 * noise_multiplier**2)
-        )
-        values.append(max(0.0, float(logsumexp(terms))) / (order - 1))
-    return tuple(values)
+    return min(plan.epsilon, renyi_epsilon(plan.events(steps), plan.delta)) if steps > 0 else 0.0
 
 
 def plan_for(run: RunConfig, patients_declared: int) -> SitePlan:
@@ -258,8 +257,19 @@ def _evaluation_noise(target: float, delta: float) -> float:
         ) from None
 
 
-def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: float) -> float:
+def calibrate(
+    events: Callable[[float], Sequence[Event]],
+    target: float,
+    delta: float,
+    price: Callable[[Sequence[Event], float], float] = epsilon,
+) -> float:
     """The smallest noise multiplier (to 0.1 %) at which `events(noise)` costs at most `target` at `delta`.
+
+    Args:
+        events: what is done with this noise.
+        target: epsilon.
+        delta: handed to the price.
+        price: of events at delta, falling with the noise; a gate that charges otherwise than by PLD hands in its own.
 
     Raises:
         PrivacyError: target below 0.01, or more noise than 100 would be needed.
@@ -271,12 +281,12 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
         )
     remedy = "Plan fewer steps (train.rounds, train.local_steps), fewer patients per step, or a larger target_epsilon."
 
-    def price(log_noise: float) -> float:
-        cost = epsilon(events(math.exp(log_noise)), delta)  # 0 where delta alone covers it
+    def over(log_noise: float) -> float:
+        cost = price(events(math.exp(log_noise)), delta)  # 0 where delta alone covers it
         return math.log(max(cost, 1e-6 * target)) - math.log(target)
 
     low, high = math.log(0.02), math.log(MAX_NOISE_MULTIPLIER)
-    at_high = price(high)
+    at_high = over(high)
     if at_high > 0:
         raise PrivacyError(
             f"Epsilon {target:g} at delta {delta:g} needs a noise multiplier above {MAX_NOISE_MULTIPLIER:g}.",
@@ -284,10 +294,10 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
         )
     # False position (Illinois) on log epsilon over log sigma, nearly a line: a handful of prices instead of dozens.
     first = math.log(0.5)
-    at_first = price(first)
+    at_first = over(first)
     low, at_low = (first, at_first) if at_first > 0 else (low, None)
     if at_first <= 0:
-        high, at_high, at_low = first, at_first, price(low)
+        high, at_high, at_low = first, at_first, over(low)
         if at_low <= 0:
             return math.exp(low)
     assert at_low is not None
@@ -295,7 +305,7 @@ def calibrate(events: Callable[[float], Sequence[Event]], target: float, delta: 
     while high - low > 1e-3:
         guess = low + (high - low) * at_low / (at_low - at_high) if math.isfinite(at_low) else (low + high) / 2
         guess = min(max(guess + 2e-4, low + 1e-4), high - 1e-4)
-        at = price(guess)
+        at = over(guess)
         if at > 0:
             low, at_low = guess, at
             at_high = at_high / 2 if side == 1 else at_high

@@ -1,6 +1,6 @@
 """An append-only file of JSON lines, each bound to the one before it by SHA-256 and on disk before the call returns.
 
-The privacy ledger and the record of what left a site are such files. The chain finds edits and removals inside the
+The record of what left a site is such a file. The chain finds edits and removals inside the
 file; a cut at its end can only be found by comparing `head` with a copy kept elsewhere. A last line without its line
 end is a write that never returned, so nobody acted on it: it is dropped on the next append.
 """

@@ -8,7 +8,7 @@
     │   ├── BudgetError     the ledger has not enough left for this run
     │   ├── RecordDamaged   a ledger or record of releases was changed, or a release was asked for in a wrong way
     │   └── NotPrivate      the model holds a layer that breaks the per-patient guarantee
-    ├── FolderError         a run folder that cannot be written, is taken, or is another run's
+    ├── FolderError         a run's or site's folder that cannot be written, is taken, or is another run's
     ├── WireError           a message between server and site that is malformed or not allowed
     ├── MissingExtra        an optional dependency is not installed
     └── RunFailed           exit code 1: failed after the start; the run folder is whole and resumable
@@ -67,7 +67,7 @@ class NotPrivate(PrivacyError):
 
 
 class FolderError(FedscanError):
-    """A run folder that cannot be written, is taken, or belongs to another run."""
+    """A run's or site's folder that cannot be written, is taken, or belongs to another run."""
 
 
 class WireError(FedscanError):

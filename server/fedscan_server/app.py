@@ -347,7 +347,10 @@ def _finish(
         "seconds_this_start": round(seconds, 3),
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
-        "sites": [{"name": name, **asdict(plans[name])} for name in sorted(plans)],
+        "sites": [
+            {"name": name, **asdict(plan), "epsilon_replace_one": accounting.replace_one(plan.events(), plan.delta)}
+            for name, plan in sorted(plans.items())
+        ],
         "metrics": metrics,
     }
     tracking.write_summary(job.folder, summary)

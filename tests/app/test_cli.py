@@ -54,15 +54,15 @@ def test_help_and_version_answer_at_once(tmp_path):
 
 
 def test_every_command_teaches_by_example(capsys):
-    for command in ("simulate", "config", "phantom"):
-        code, out, _ = call(command, "--help", capsys=capsys)
+    for command in ("simulate", "config", "phantom", "agent ledger"):
+        code, out, _ = call(*command.split(), "--help", capsys=capsys)
         assert code == 0
         assert f"\n  fedscan {command} " in out
 
 
 def test_every_command_is_in_the_readme():
     readme = (CONFIGS.parent / "README.md").read_text()
-    for command in ("simulate", "config", "phantom"):
+    for command in ("simulate", "config", "phantom", "agent ledger"):
         assert f"fedscan {command}" in readme
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import fedscan
 from fedscan_client import app as client_app
 from fedscan_client import cohort
+from fedscan_client import site as sites
 from fedscan_client.dp import ledger
 from fedscan_core import config_file
 from fedscan_core.errors import ConfigError, DataError, FolderError, MissingExtra, RunFailed
@@ -58,10 +59,11 @@ def test_a_run_leaves_a_whole_folder(run_for, table, tmp_path):
         assert site.keys() >= SITE_KEYS
         assert 2.9 < site["epsilon"] <= 3.0  # training and evaluation together
         assert (site["unit"], site["adjacency"]) == ("patient", "add_or_remove_one")
-        booked = ledger.summary(tmp_path / "run/sites" / site["name"] / "ledger.jsonl")
-        assert booked["committed"]["epsilon"] == site["epsilon"]
+        assert site["epsilon_replace_one"] > 2 * site["epsilon"]  # everybody in every step: sensitivity 2
+        booked = ledger.summary(sites.load(tmp_path / "run/sites" / site["name"]).book)
+        assert booked["reserved"]["epsilon"] == site["epsilon"]
         (only,) = booked["runs"].values()
-        assert (only["reserved"], only["settled"]) == (4, 4)  # three rounds and the evaluation
+        assert {n: row["state"] for n, row in only["rounds"].items()} == dict.fromkeys((1, 2, 3, 0), "settled")
     pooled = summary["metrics"]["auroc"]
     assert 0 <= pooled["value"] <= 1
     assert pooled["status"] == "simulation_only"
@@ -81,7 +83,7 @@ def test_evaluation_only_sites_are_measured_and_spend_nothing(run_for, table, tm
     summary = fedscan.simulate(run_for(data={"sites": rules}), data=table, out=tmp_path / "run")
     assert [site["name"] for site in summary["sites"]] == ["a"]
     assert summary["metrics"]["auroc_per_site"].keys() == {"a", "phantom_3"}
-    assert not (tmp_path / "run/sites/phantom_3/ledger.jsonl").exists()
+    assert not (tmp_path / "run/sites/phantom_3/ledger.sqlite").exists()
 
 
 def test_an_undefined_auroc_is_withheld_not_invented(run_for, table, edit, tmp_path):
@@ -142,13 +144,13 @@ def test_what_was_spent_before_a_stop_stays_spent(run_for, table, tmp_path):
     stop, watch = stopped_after(1)
     with pytest.raises(RunFailed):
         fedscan.simulate(run_for(), data=table, out=tmp_path / "run", watch=watch, stop=stop)
-    path = tmp_path / "run/sites/phantom_1/ledger.jsonl"
-    before = path.read_bytes()
+    book = sites.load(tmp_path / "run/sites/phantom_1").book
+    before = ledger.summary(book)
     summary = fedscan.resume(tmp_path / "run")
-    assert path.read_bytes().startswith(before)
-    booked = ledger.summary(path)
-    assert booked["committed"]["epsilon"] == summary["sites"][0]["epsilon"]
-    assert [run["reserved"] for run in booked["runs"].values()] == [4]  # three rounds and the evaluation
+    booked = ledger.summary(book)
+    assert booked["reserved"] == before["reserved"] and booked["rows"] > before["rows"]
+    assert booked["reserved"]["epsilon"] == summary["sites"][0]["epsilon"]
+    assert [sorted(run["rounds"]) for run in booked["runs"].values()] == [[0, 1, 2, 3]]  # 0: the evaluation
 
 
 def test_resume_refuses_what_is_no_run_or_another_one(run_for, table, tmp_path):
@@ -309,12 +311,13 @@ def test_resume_without_the_images_is_refused_before_anything_is_spent(run_for, 
     stop, watch = stopped_after(1)
     with pytest.raises(RunFailed):
         fedscan.simulate(run_for(), data=table, out=tmp_path / "run", watch=watch, stop=stop)
-    before = (tmp_path / "run/sites/phantom_1/ledger.jsonl").read_bytes()
+    book = sites.load(tmp_path / "run/sites/phantom_1").book
+    before = ledger.summary(book)
     cohort.forget()
     table.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="cannot be used"):
         fedscan.resume(tmp_path / "run")
-    assert (tmp_path / "run/sites/phantom_1/ledger.jsonl").read_bytes() == before
+    assert ledger.summary(book) == before
     (tmp_path / "elsewhere").rename(table)
     assert fedscan.resume(tmp_path / "run")["rounds"] == 3
 

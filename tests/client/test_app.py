@@ -11,14 +11,14 @@ from safetensors.numpy import load_file
 from fedscan.grid import InlineGrid
 from fedscan_client import cohort, evaluate, site, train
 from fedscan_client.app import make_app
-from fedscan_client.dp import ledger
+from fedscan_client.dp import ledger, ledger_file
 from fedscan_client.gate import egress
 from fedscan_core import accounting, auditlog, config, wire
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
 # "canary" is in every patient's id and every picture's name; the rest are in every path of a site.
-INSIDE = ("canary", ".png", ".jsonl", ".toml", "pytest-of", "Error")
+INSIDE = ("canary", ".png", ".jsonl", ".sqlite", ".toml", "pytest-of", "Error")
 
 
 def tell(here, kind, record):
@@ -45,7 +45,12 @@ def weights(run, seed=0):
 
 
 def kinds(here):
-    return [record["kind"] for record in auditlog.read(here.ledger)]
+    return [row["state"] for row in rows(here)]
+
+
+def rows(here):
+    with ledger_file.reading(here.book) as db:
+        return ledger_file.find(db, "1 ORDER BY seq")
 
 
 def released(here):
@@ -70,8 +75,8 @@ def test_declare_seals_the_plan_that_follows_from_public_values(here, run):
     reply = ask(here, "query", run)
     assert (reply.site, reply.status, reply.reason) == ("north", "ok", "")
     assert reply.plan == accounting.plan_for(run, 20)
-    assert kinds(here) == ["open", "plan"]  # asked twice, charged once
-    assert ledger.summary(here.ledger)["committed"]["epsilon"] == reply.plan.epsilon
+    assert kinds(here) == ["opened", "admitted"]  # asked twice, charged once
+    assert ledger.summary(here.book)["reserved"]["epsilon"] == reply.plan.epsilon
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,7 @@ def test_declare_refuses_beyond_the_lifetime_budget(make_site, run, tmp_path):
     here = make_site(tmp_path / "north", max_epsilon=1.5 * price)
     assert ask(here, "query", run).status == "ok"
     reply = ask(here, "query", run, run_id="second")
-    assert reply.status == "refused" and "is left" in reply.reason and kinds(here) == ["open", "plan"]
+    assert reply.status == "refused" and "is left" in reply.reason and kinds(here) == ["opened", "admitted"]
 
 
 def test_train_answers_with_exactly_the_trainable_parameters(make_site, make_run, tmp_path):
@@ -124,14 +129,14 @@ def test_train_answers_with_exactly_the_trainable_parameters(make_site, make_run
 
 def test_the_same_question_gets_the_same_bytes_and_no_second_charge(here, run):
     first = ask(here, "train", run, round_=1, model=weights(run))
-    book = here.ledger.read_bytes()
+    book = rows(here)
     second = ask(here, "train", run, round_=1, model=weights(run))
     assert first.status == second.status == "ok"
     assert wire.fingerprint(first.update) == wire.fingerprint(second.update)
-    assert here.ledger.read_bytes() == book and kinds(here) == ["open", "plan", "reserve", "settle"]
+    assert rows(here) == book and kinds(here) == ["opened", "admitted", "reserved", "settled"]
     assert [r["sha256"] for r in released(here)] == [wire.fingerprint(first.update)] * 2
     assert released(here)[0]["bytes"] == wire.nbytes(first.update) and released(here)[0]["what"] == "update"
-    assert auditlog.read(here.ledger)[-1]["output"] == wire.fingerprint(first.update)
+    assert rows(here)[-1]["output"] == wire.fingerprint(first.update)
 
 
 def test_the_same_round_with_another_model_is_refused(here, run):
@@ -153,7 +158,7 @@ def test_two_rounds_and_an_older_one(here, run):
 @pytest.mark.parametrize("round_", [-1, 0, 4, 10**6])
 def test_a_round_that_is_none_of_the_runs_is_not_answered(here, run, round_):
     assert ask(here, "train", run, round_=round_, model=weights(run)).status == "failed"
-    assert kinds(here) == ["open", "plan"]
+    assert kinds(here) == ["opened", "admitted"]
 
 
 def test_nothing_is_trained_before_a_plan_is_sealed(make_site, make_run, tmp_path):
@@ -166,13 +171,13 @@ def test_a_configuration_that_changed_since_is_refused(here, make_run):
     """Otherwise the server could have more steps than the plan pays for."""
     more = make_run(train={"local_steps": 50})
     assert ask(here, "train", more, round_=1, model=weights(more)).status == "failed"
-    assert kinds(here) == ["open", "plan"]
+    assert kinds(here) == ["opened", "admitted"]
 
 
 def test_a_declared_size_that_changed_since_is_refused(here, run):
     grown = here.model_copy(update={"patients_declared": 2000})  # lower rate, less noise for a target epsilon
     assert ask(grown, "train", run, round_=1, model=weights(run)).status == "failed"
-    assert kinds(here) == ["open", "plan"]
+    assert kinds(here) == ["opened", "admitted"]
 
 
 @pytest.mark.parametrize("sections", [{"privacy": {"enabled": False}}, {"privacy": {"unit": "image"}}])
@@ -224,7 +229,7 @@ def test_a_message_that_is_malformed_is_not_answered(here, run, change):
     else:
         record.config_records["run"]["config"] = json.dumps({"name": "demo", "canary": 1})
     assert wire.read_reply(tell(here, "train", record)) == wire.Reply("north", "failed")
-    assert kinds(here) == ["open", "plan"]
+    assert kinds(here) == ["opened", "admitted"]
 
 
 def test_a_crash_burns_the_round_and_not_the_run(here, run, monkeypatch):
@@ -232,7 +237,7 @@ def test_a_crash_burns_the_round_and_not_the_run(here, run, monkeypatch):
         patch.setattr(train, "train_round", lambda *args, **kwargs: 1 / 0)
         assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"
-    assert kinds(here) == ["open", "plan", "reserve"] and not (here.folder / "released.jsonl").exists()
+    assert kinds(here) == ["opened", "admitted", "reserved"] and not (here.folder / "released.jsonl").exists()
     assert ask(here, "train", run, round_=2, model=weights(run)).status == "ok"
 
 
@@ -242,7 +247,7 @@ def test_what_may_not_leave_is_stopped_at_the_door(here, run, monkeypatch):
         train, "train_round", lambda *args, **kwargs: {**real(*args, **kwargs), "count": np.ones(1, "<f4")}
     )
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"
-    assert kinds(here)[-1] == "reserve" and not (here.folder / "outbox").exists()
+    assert kinds(here)[-1] == "reserved" and not (here.folder / "outbox").exists()
 
 
 def test_an_image_that_cannot_be_decoded_does_not_stop_a_round(here, run):
@@ -264,7 +269,7 @@ def test_a_damaged_ledger_stops_everything_and_says_nothing(here, run, kind):
     here.ledger.write_bytes(here.ledger.read_bytes().replace(b'"round', b'"rounD').replace(b"100.0", b"200.0"))
     reply = ask(here, kind, run, round_=int(kind == "train"), model=weights(run))
     assert reply == wire.Reply("north", "failed")
-    assert "ledger.jsonl" in (here.folder / "site.log").read_text()
+    assert "ledger.sqlite" in (here.folder / "site.log").read_text()
 
 
 def test_another_lifetime_budget_is_not_taken(here, run):
@@ -278,13 +283,13 @@ def test_the_reservation_is_on_disk_before_noise_is_drawn(here, run, monkeypatch
 
     class Watched(module.SecretStream):  # type: ignore[misc,name-defined]
         def __init__(self):
-            seen.append(auditlog.read(here.ledger)[-1])
+            seen.append(rows(here)[-1])
             super().__init__()
 
     monkeypatch.setattr(module, "SecretStream", Watched)
     round_ = int(kind == "train")
     assert ask(here, kind, run, round_=round_, model=weights(run)).status == "ok"
-    assert [(r["kind"], r["run_id"], r["round"]) for r in seen] == [("reserve", "demo", round_)]
+    assert [(r["state"], r["run_id"], r["round"]) for r in seen] == [("reserved", "demo", round_)]
 
 
 def test_the_answer_is_on_disk_before_it_is_settled_and_settled_before_it_is_sent(here, run, monkeypatch):
@@ -297,7 +302,7 @@ def test_the_answer_is_on_disk_before_it_is_settled_and_settled_before_it_is_sen
         settle(path, run_id, round_, output_sha)
 
     def recording(*args, **kwargs):
-        assert kinds(here)[-1] == "settle"
+        assert kinds(here)[-1] == "settled"
         steps.append("record")
         return record(*args, **kwargs)
 
@@ -322,14 +327,14 @@ def test_the_private_evaluation_is_answered_once(here, run):
     assert ask(here, "evaluate", run, model=weights(run, seed=1)).status == "failed"
     for round_ in (1, -1):
         assert ask(here, "evaluate", run, round_=round_, model=weights(run)).status == "failed"
-    assert kinds(here) == ["open", "plan", "reserve", "settle"]
+    assert kinds(here) == ["opened", "admitted", "reserved", "settled"]
 
 
 def test_a_run_without_private_evaluation_has_none(make_site, make_run, tmp_path):
     here, run = make_site(tmp_path / "north"), make_run(evaluation={"private": False})
     ask(here, "query", run)
     assert ask(here, "evaluate", run, model=weights(run)).status == "failed"
-    assert kinds(here) == ["open", "plan"]
+    assert kinds(here) == ["opened", "admitted"]
 
 
 def test_a_run_without_privacy_repeats_itself_and_touches_no_ledger(make_site, make_run, tmp_path):

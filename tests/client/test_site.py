@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedscan_client import site
+from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
 from fedscan_client.site import Site, Source
 from fedscan_core.errors import ConfigError
@@ -34,12 +35,21 @@ def test_round_trip(tmp_path):
     assert site.load(tmp_path / "a") == here
     assert "folder" not in (tmp_path / "a" / site.FILE).read_text().split("[source]")[0]
     (tmp_path / "a").rename(tmp_path / "b")  # a site can be moved
-    assert site.load(tmp_path / "b").ledger == tmp_path / "b" / "ledger.jsonl"
+    assert site.load(tmp_path / "b").book == Book(tmp_path / "b" / "ledger.sqlite", tmp_path / "b" / "ledger.counter")
+
+
+def test_the_counter_of_the_ledger_may_lie_on_another_disk(tmp_path):
+    for text, counter in (("/mnt/other/north.counter", Path("/mnt/other/north.counter")), ("c", tmp_path / "c")):
+        (tmp_path / site.FILE).write_text(f'counter = "{text}"\n{GOOD}')
+        here = site.load(tmp_path)
+        assert here.book == Book(tmp_path / "ledger.sqlite", counter)
+        site.save(here)
+        assert site.load(tmp_path) == here
 
 
 def test_what_the_hospital_does_not_say_is_strict(tmp_path):
     (tmp_path / site.FILE).write_text(GOOD)
-    assert site.load(tmp_path).policy == Policy(8.0, 1e-5, 0.3, False)
+    assert site.load(tmp_path).policy == Policy(8.0, 1e-5, 0.3, False, "sum")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +61,7 @@ def test_what_the_hospital_does_not_say_is_strict(tmp_path):
         ("120", '"many"', "patients_declared"),
         ('"cache"', '"disk"', "source.kind"),
         ("max_epsilon = 8.0\n", "", "policy.max_epsilon"),
+        ("max_epsilon = 8.0", 'max_epsilon = 8.0\ngate = "pld"', "policy.gate"),
         ("max_epsilon = 8.0", "max_epsilon = 8.0\nmin_noise_multipler = 2.0", "policy.min_noise_multipler"),
         ('name = "north"', 'name = "north"\nmax_epsilon = 1', "max_epsilon"),
         ('folder = "/srv/cache"', 'folder = "/srv/cache"\nsecret = 1', "source.secret"),

@@ -5,13 +5,14 @@ import math
 
 import dp_accounting
 import numpy as np
+import opacus
 import pytest
 from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedscan_core import accounting
+from fedscan_core import accounting, rdp
 from fedscan_core.accounting import (
     GaussianQuery,
     PoissonGaussian,
@@ -21,6 +22,8 @@ from fedscan_core.accounting import (
     epsilon_so_far,
     plan_fault,
     plan_for,
+    renyi_epsilon,
+    replace_one,
 )
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import PrivacyError
@@ -130,15 +133,73 @@ def test_events_out_of_range_have_no_price(event):
         epsilon([event], DELTA)
 
 
-@pytest.mark.parametrize(("q", "sigma"), [(0.1, 1.0), (0.3, 2.5), (1.0, 4.0)])
-def test_renyi_orders_are_the_plain_integral(q, sigma):
-    x = np.linspace(-60, 90, 2_000_001)
-    without = norm.logpdf(x, 0, sigma)
-    with_it = np.logaddexp(norm.logpdf(x, 1, sigma) + math.log(q), without + (math.log1p(-q) if q < 1 else -np.inf))
-    values = dict(zip(accounting._ORDERS, accounting._rdp_step(q, sigma), strict=True))
-    for order in (2, 3, 10):
-        integral = np.exp(order * with_it + (1 - order) * without).sum() * (x[1] - x[0])
-        assert values[order] == pytest.approx(math.log(integral) / (order - 1), rel=1e-6)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")  # of Opacus
+@settings(max_examples=12)
+@given(
+    q=st.sampled_from([0.01, 0.064, 0.3, 1.0]),
+    sigma=st.floats(0.6, 6),
+    steps=st.integers(1, 300),
+    query=st.sampled_from([0.0, 3.0, 20.0]),
+    delta=st.sampled_from([1e-5, 1e-7]),
+)
+def test_no_accountant_finds_more_than_we_report(q, sigma, steps, query, delta):
+    """PLD lies above the lower end of Opacus' PRV interval and below Renyi DP; Renyi DP above that of the others."""
+    events: tuple[accounting.Event, ...] = (PoissonGaussian(q, sigma, steps),)
+    events += (GaussianQuery(query),) if query else ()
+    price, renyi = epsilon(events, delta), renyi_epsilon(events, delta)
+    assert 0 <= price <= renyi
+    history = [(sigma, q, steps), *([(query, 1.0, 1)] if query else [])]
+    if price < 25:  # its grid grows with epsilon, and it goes down for the smallest ones
+        prv = opacus.accountants.PRVAccountant()
+        prv.history = list(history)
+        middle = prv.get_epsilon(delta, eps_error=0.1, delta_error=delta / 1000)
+        assert middle - 0.2 <= price <= middle + 0.02 * max(1.0, price)
+    theirs = opacus.accountants.RDPAccountant()
+    theirs.history = list(history)
+    assert renyi >= theirs.get_epsilon(delta, alphas=rdp.ORDERS) * (1 - 1e-9)
+    google = dp_accounting.rdp.RdpAccountant(orders=rdp.ORDERS)
+    for noise, rate, count in history:
+        google.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), count)
+    assert renyi == pytest.approx(google.get_epsilon(delta), rel=1e-6) and renyi >= google.get_epsilon(delta) * (
+        1 - 1e-9
+    )
+
+
+@given(sigma=st.floats(1, 50), steps=st.integers(1, 100))
+def test_replacing_a_patient_doubles_the_sensitivity_where_nobody_is_sampled(sigma, steps):
+    price = replace_one([PoissonGaussian(1.0, sigma, steps), GaussianQuery(2 * sigma)], DELTA)
+    assert price == epsilon([PoissonGaussian(1.0, sigma / 2, steps), GaussianQuery(sigma)], DELTA)
+
+
+def test_replacing_a_patient_is_dp_accountings_replace_one_and_below_a_group_of_two():
+    price, single = replace_one([KNOWN], DELTA), epsilon([KNOWN], DELTA)
+    theirs = pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-3)
+    theirs.compose(dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0)), 100)
+    assert price == pytest.approx(theirs.get_epsilon(DELTA), abs=1e-6) and price > 1.4 * single
+    # remove one, then add one: D(e1 + e1) <= delta1 (1 + e^e1)
+    group = min(2 * e for d in np.logspace(-12, -6, 25) if d * (1 + math.exp(e := epsilon([KNOWN], d))) <= DELTA)
+    assert price <= group
+
+
+def test_renyi_of_a_plan_adds_up_at_each_order():
+    events = (KNOWN, GaussianQuery(4.0, 3))
+    curve = accounting.renyi(events, (2, 5))
+    step = rdp.sampled_gaussian(0.1, 1.0, (2, 5))
+    for total, one, order in zip(curve, step, (2, 5), strict=True):
+        assert total == pytest.approx(100 * one + 3 * order / 32, rel=1e-8) and total > 100 * one + 3 * order / 32
+    assert accounting.renyi(()) == (0.0,) * len(rdp.ORDERS) and renyi_epsilon((), DELTA) == 0
+    assert accounting.renyi((GaussianQuery(0.0),)) == (math.inf,) * len(rdp.ORDERS)
+    with pytest.raises(PrivacyError):
+        accounting.renyi((PoissonGaussian(0.0, 1.0, 1),))
+
+
+def test_calibration_takes_the_price_that_a_gate_hands_in():
+    def events(noise):
+        return [PoissonGaussian(0.1, noise, 100)]
+
+    by_renyi = calibrate(events, 8.0, DELTA, renyi_epsilon)
+    assert renyi_epsilon(events(by_renyi), DELTA) <= 8.0 < renyi_epsilon(events(by_renyi * (1 - 1.5e-3)), DELTA)
+    assert by_renyi > calibrate(events, 8.0, DELTA)
 
 
 @settings(max_examples=25)

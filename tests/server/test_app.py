@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from fedscan.grid import InlineGrid
 from fedscan_core import config, wire
-from fedscan_core.accounting import epsilon, epsilon_so_far, plan_for
+from fedscan_core.accounting import epsilon, epsilon_so_far, plan_for, replace_one
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FolderError, RunFailed
 from fedscan_core.wire import Reply
@@ -153,12 +153,12 @@ def test_the_summary_and_the_rounds(tmp_path):
     final, summary, rounds = go(tmp_path, run, judge=judge)
     assert summary.keys() >= {"run", "run_id", "config_sha256", "versions", "rounds", "model", "parameters"}
     assert summary["seconds"] >= 0 and summary["versions"] == tracking.versions()
-    for index, site in enumerate(summary["sites"]):
+    for index, site in zip(range(3), summary["sites"], strict=True):
         plan = plan_for(run, SIZES[index])
-        assert site == {"name": NAMES[index], **dataclasses.asdict(plan)}
+        replaced = replace_one(plan.events(), plan.delta)
+        assert site == {"name": NAMES[index], **dataclasses.asdict(plan), "epsilon_replace_one": replaced}
         assert site["unit"] == "patient" and site["adjacency"] == "add_or_remove_one" and site["steps"] == 3
         assert site["epsilon"] == epsilon(plan.events(), site["delta"])
-    assert len(summary["sites"]) == 3
     size = sum(array.nbytes for array in final.values())
     assert summary["parameters"] == size // 4 and summary["model"] == "scatter" and summary["run"] == "demo"
     assert summary["bytes_up"] == summary["bytes_down"] == size * 3 * 3

@@ -4,6 +4,7 @@ A refusal is text the researcher may read; it depends on the policy and the requ
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
@@ -14,13 +15,16 @@ class Policy:
     """What the hospital allows.
 
     `research_cohort` marks phantom or public images: only there may a run switch privacy off or protect images
-    instead of patients. `max_epsilon` and `max_delta` are the ledger's lifetime budget.
+    instead of patients. `max_epsilon` and `max_delta` are the ledger's lifetime budget, `gate` how runs are charged to
+    it: "sum" adds up their (epsilon, delta), "rdp" their Renyi DP, which leaves room for more runs. None of the three
+    can be changed once the ledger is open.
     """
 
     max_epsilon: float
     max_delta: float
     min_noise_multiplier: float = 0.3
     research_cohort: bool = False
+    gate: Literal["sum", "rdp"] = "sum"
 
 
 def refusal(policy: Policy, run: RunConfig, plan: SitePlan) -> str | None:
