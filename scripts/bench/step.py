@@ -86,6 +86,7 @@ def make_step(variant: str, name: str, images: int, device: str) -> tuple[Step, 
     which: engine.Engine = "bookkeeping" if variant == "fedscan" else "loop"
 
     def ours() -> None:
+        optimizer.zero_grad()
         sums = engine.clipped_sum(module, tasks.loss_rows, x_B, y_B, sizes, clip=CLIP, engine=which)
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad = total.to(parameter.dtype).div_(len(sizes))

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -155,12 +156,15 @@ def add_clipped_sum(
 
 
 def zero_sums(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """float64 zeros of each parameter's shape, laid out as `add_clipped_sum` likes them."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return [
-        torch.zeros_like(p, dtype=torch.float64, memory_format=formats.get(p.dim(), torch.contiguous_format))
-        for p in parameters
-    ]
+    """float64 zeros of each parameter's shape, with a convolution's channels last in memory."""
+    sums = []
+    for p in parameters:
+        shape = (p.shape[0], *p.shape[2:], p.shape[1]) if p.dim() > 2 else tuple(p.shape)
+        # NumPy's zeros take no memory before they are written to: after the activations are gone.
+        on_cpu = p.device.type == "cpu"
+        total = torch.from_numpy(np.zeros(shape)) if on_cpu else p.new_zeros(shape, dtype=torch.float64)
+        sums.append(total.movedim(-1, 1) if p.dim() > 2 else total)
+    return sums
 
 
 def _of_the_first(there: int, factors: Factors) -> Factors:
@@ -244,11 +248,11 @@ def _kept(gradient_U: Tensor, restore: Callable[[Tensor], Tensor] | None = None)
         summed = _contract(gradient_U.flatten(1), factor_U).view(gradient_U.shape[1:])
         total += (restore(summed) if restore else summed).view_as(total)
 
-    return _square(gradient_U.flatten(1)), finish
+    return squared_norms(gradient_U.flatten(1)), finish
 
 
-def _square(gradient_UP: Tensor) -> Tensor:
-    """Squared norms [U], float64. In two levels: a long float32 row comes out low by 3e-4, short ones by 1e-5."""
+def squared_norms(gradient_UP: Tensor) -> Tensor:
+    """Squared norms [U], float64. In two levels: a long float32 row comes out low by 3e-4, a short one by 1e-5."""
     units, entries = gradient_UP.shape
     whole = entries // 256 * 256
     short = torch.linalg.vector_norm(gradient_UP[:, :whole].reshape(units, -1, 256), dim=2).double()

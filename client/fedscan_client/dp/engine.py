@@ -80,15 +80,10 @@ def clipped_sum(
         first += size
     if engine == "bookkeeping" and parameters:
         units = _bookkept(sums, module, loss_rows, x_B, y_B, units, clip)
-    chunk_gradients = _by_hooks if engine == "opacus" else _by_loop
-    for inside in _chunks(units, parameters):
-        # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
-        gradients_UP = [g.double() for g in chunk_gradients(module, parameters, loss_rows, x_B, y_B, inside)]
-        factor_U = _factors(torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0), clip)
-        for total, gradient_UP in zip(sums, gradients_UP, strict=True):
-            if not factor_U.all():
-                gradient_UP.masked_fill_(factor_U.view(-1, 1) == 0, 0.0)  # NaN times 0 would be NaN
-            total += (factor_U @ gradient_UP).view_as(total)
+    if engine == "opacus":
+        _add_by_hooks(sums, module, parameters, loss_rows, x_B, y_B, units, clip)
+    else:
+        _add_by_loop(sums, module, parameters, loss_rows, x_B, y_B, units, clip)
     return sums
 
 
@@ -135,6 +130,27 @@ def _chunks(units: Sequence[slice], parameters: Sequence[Tensor]) -> list[list[s
     return chunks
 
 
+def _add_by_hooks(
+    sums: list[Tensor],
+    module: nn.Module,
+    parameters: list[nn.Parameter],
+    loss_rows: LossRows,
+    x_B: Tensor,
+    y_B: Tensor,
+    units: list[slice],
+    clip: Clip,
+) -> None:
+    """Adds the units' clipped gradients to the sums, chunk by chunk."""
+    for inside in _chunks(units, parameters):
+        # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
+        gradients_UP = [g.double() for g in _by_hooks(module, parameters, loss_rows, x_B, y_B, inside)]
+        factor_U = _factors(torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0), clip)
+        for total, gradient_UP in zip(sums, gradients_UP, strict=True):
+            if not factor_U.all():
+                gradient_UP.masked_fill_(factor_U.view(-1, 1) == 0, 0.0)  # NaN times 0 would be NaN
+            total += (factor_U @ gradient_UP).view(total.shape)
+
+
 def _by_hooks(
     module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice]
 ) -> list[Tensor]:
@@ -173,22 +189,30 @@ def _by_hooks(
                 vars(thing).pop(name, None)
 
 
-def _by_loop(
-    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice]
-) -> list[Tensor]:
-    """Per-unit mean gradients by one ordinary backward pass per unit: slow, plain, exact."""
-    found: list[list[Tensor]] = []
+def _add_by_loop(
+    sums: list[Tensor],
+    module: nn.Module,
+    parameters: list[nn.Parameter],
+    loss_rows: LossRows,
+    x_B: Tensor,
+    y_B: Tensor,
+    units: list[slice],
+    clip: Clip,
+) -> None:
+    """Adds the units' clipped gradients to the sums: one ordinary backward pass per unit. Slow, plain, exact."""
     random = plans.draws(module)
     for unit in units:
-        total = [parameter.new_zeros(parameter.numel()) for parameter in parameters]
         if random:  # a seed that others may know, or a draw counted on from other units, would tie units together
             torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
+        gradient: list[Tensor] = []
         for begin in range(unit.start, unit.stop, _ROWS_AT_ONCE):
             part = slice(begin, min(begin + _ROWS_AT_ONCE, unit.stop))
             own = x_B[part].clone()  # a slice's place in memory can choose another kernel
             loss = loss_rows(module(own), y_B[part]).sum() / (unit.stop - unit.start)
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            for so_far, more in zip(total, gradient, strict=True):
-                so_far += more.reshape(-1)
-        found.append(total)
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+            more = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            gradient = [a + b for a, b in zip(gradient, more, strict=True)] if gradient else list(more)
+        squares = [bookkeeping.squared_norms(g.reshape(1, -1)) for g in gradient]
+        factor = float(_factors(torch.stack(squares).sum(0), clip))
+        if factor:
+            for total, found in zip(sums, gradient, strict=True):
+                total.add_(found, alpha=factor)
