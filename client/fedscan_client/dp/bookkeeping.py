@@ -38,11 +38,13 @@ from fedscan_client.dp.tape import Product, Unsplittable
 
 LossRows = Callable[[Tensor, Tensor], Tensor]
 Factors = Callable[[Tensor], Tensor]  # float64 squared norms [U] -> float64 factors [U]
+Restore = Callable[[Tensor], Tensor]
 Finish = Callable[[Tensor, Tensor], None]  # (factors [U], total): adds the clipped sum to the float64 total
 
 _TRUST = 1e-6  # squared: of a Gram norm against its terms
 _KEPT = 64 * 2**20  # entries of units' gradients kept for one weight
 _BLOCK = 2**18  # entries turned to float64 at once
+_SMALL = 4096  # entries of a parameter whose gradients are handled together with others'
 _UNFOLDED = 16 * 2**20  # entries of the patches of one layer, at most
 _TRIES = 3
 
@@ -74,6 +76,7 @@ class Recorder:
     seen: list[Tensor] | None = None
     used: dict[Tensor, int] = field(default_factory=dict)
     shared: dict[Tensor, Tensor] = field(default_factory=dict)
+    small: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     parts: list[tuple[Tensor, Tensor, Finish]] = field(default_factory=list)
 
     def use(self, parameter: Tensor) -> None:
@@ -86,8 +89,10 @@ class Recorder:
         if self.used[parameter] > 1:
             known = self.shared.get(parameter)
             self.shared[parameter] = gradient if known is None else known + gradient
+        elif gradient.shape[1] <= _SMALL:
+            self.small.append((parameter, gradient))
         else:
-            self._add(parameter, gradient, *_kept(gradient))
+            self._add(parameter, gradient, *_kept(gradient, _flat, _itself))
 
     def product(self, name: str, parameter: Tensor, product: Product) -> None:
         """See `tape.Tape`."""
@@ -105,8 +110,7 @@ class Recorder:
             self._add(parameter, None, _gram_square(a, b), lambda f, total: _late(product, f, total))
             return
         gradient = _gradient(product, way, restored=False)
-        square, finish = _kept(gradient, product.restore if way == "kept" else None)
-        self._add(parameter, gradient, square, finish)
+        self._add(parameter, gradient, *_kept(gradient, *_places(product, way)))
 
     def _add(self, parameter: Tensor, gradient: Tensor | None, square: Tensor, finish: Finish) -> None:
         if self.seen is not None:
@@ -116,10 +120,21 @@ class Recorder:
     def finish(self, factors: Factors, totals: Mapping[Tensor, Tensor]) -> None:
         """Adds each used parameter's clipped sum to its total, and forgets what it was made of."""
         for parameter, gradient in self.shared.items():
-            self._add(parameter, gradient, *_kept(gradient))
-        if not self.parts:
+            self._add(parameter, gradient, *_kept(gradient, _flat, _itself))
+        small_UP = torch.cat([gradient for _, gradient in self.small], dim=1) if self.small else None
+        squares = [square for _, square, _ in self.parts]
+        if small_UP is not None:
+            squares.append(squared_norms(small_UP))
+            if self.seen is not None:
+                self.seen += [small_UP, squares[-1]]
+        if not squares:
             return
-        factor = factors(torch.stack([square for _, square, _ in self.parts]).sum(0))
+        factor = factors(torch.stack(squares).sum(0))
+        if small_UP is not None:
+            summed = small_UP.new_zeros(small_UP.shape[1], dtype=torch.float64)
+            _contract(small_UP, factor, summed)
+            for (parameter, _), part in zip(self.small, summed.split([g.shape[1] for _, g in self.small]), strict=True):
+                totals[parameter].add_(part.view(totals[parameter].shape))
         while self.parts:
             parameter, _, finish = self.parts.pop()
             finish(factor, totals[parameter])
@@ -240,15 +255,33 @@ def _gradient(product: Product, way: str, *, restored: bool = True) -> Tensor:
     return product.restore(found) if restored else found
 
 
-def _kept(gradient_U: Tensor, restore: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Finish]:
-    """Norms and sum of units' gradients that are there, [U, ...]."""
+def _kept(gradient_U: Tensor, lines: Callable[[Tensor], Tensor | None], restore: Restore) -> tuple[Tensor, Finish]:
+    """Norms and sum of units' gradients that are there, [U, ...]; `lines` and `restore` as of a `Product`."""
+    gradient_UP = gradient_U.flatten(1)
 
     def finish(factor_U: Tensor, total: Tensor) -> None:
-        # Channels may lie last in memory: what is added has the same order as the total.
-        summed = _contract(gradient_U.flatten(1), factor_U).view(gradient_U.shape[1:])
-        total += (restore(summed) if restore else summed).view_as(total)
+        flat = lines(total)
+        if flat is not None:
+            _contract(gradient_UP, factor_U, flat.view(-1))
+            return
+        summed = total.new_zeros(gradient_U.shape[1:])
+        _contract(gradient_UP, factor_U, summed.view(-1))
+        total += restore(summed).view(total.shape)
 
-    return squared_norms(gradient_U.flatten(1)), finish
+    return squared_norms(gradient_UP), finish
+
+
+def _places(product: Product, way: str) -> tuple[Callable[[Tensor], Tensor | None], Restore]:
+    """Where the way's sum lies in the total, and how it is put there otherwise."""
+    return (product.lines, product.restore) if way == "kept" else (_flat, _itself)
+
+
+def _flat(total: Tensor) -> Tensor | None:
+    return total if total.is_contiguous() else None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def squared_norms(gradient_UP: Tensor) -> Tensor:
@@ -261,18 +294,13 @@ def squared_norms(gradient_UP: Tensor) -> Tensor:
     return square
 
 
-def _contract(gradient_UP: Tensor, factor_U: Tensor) -> Tensor:
-    """The sum over units of factor times gradient, float64; a unit of factor 0 is not looked at (it may be NaN)."""
-    if gradient_UP.numel() <= _BLOCK:
-        gradient_UP = gradient_UP.double()
-        if not factor_U.all():
-            gradient_UP = gradient_UP.masked_fill(factor_U.view(-1, 1) == 0, 0.0)
-        return torch.mv(gradient_UP.t(), factor_U)
-    total = gradient_UP.new_zeros(gradient_UP.shape[1], dtype=torch.float64)
-    for gradient_P, factor in zip(gradient_UP, factor_U.tolist(), strict=True):
-        if factor:
-            total.add_(gradient_P, alpha=factor)
-    return total
+def _contract(gradient_UP: Tensor, factor_U: Tensor, total_P: Tensor) -> None:
+    """Adds the sum over units of factor times gradient, in float64; a unit of factor 0 may be NaN."""
+    absent = None if factor_U.all() else factor_U.view(-1, 1) == 0
+    step = max(1, _BLOCK // len(gradient_UP))
+    for block, part in zip(gradient_UP.split(step, dim=1), total_P.split(step), strict=True):
+        block = block.double()
+        part.addmv_((block if absent is None else block.masked_fill(absent, 0.0)).t(), factor_U)
 
 
 def _gram_square(a: Tensor, b: Tensor) -> Tensor:
@@ -310,7 +338,7 @@ def _fastest(product: Product, parameter: Tensor) -> str:
                 _late(product, torch.ones_like(square), total)
             else:
                 made = _gradient(product, way, restored=False)
-                square, finish = _kept(made, product.restore if way == "kept" else None)
+                square, finish = _kept(made, *_places(product, way))
                 finish(torch.ones_like(square), total)
             best = min(best, now() - start)
             if not alike(square) or (made is not None and not alike(made)):
