@@ -65,5 +65,5 @@ def noisy_histogram(module: nn.Module, patients: Patients, run: RunConfig, plan:
         counts = histogram(scores_NK, patients.targets.numpy(), weights_N, run.evaluation.bins)
     else:
         counts = np.zeros(shape(run))
-    noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream())
+    noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream(), sensitivity=1.0)
     return noisy[0].numpy()
