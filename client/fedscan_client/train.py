@@ -73,18 +73,24 @@ def _private_gradients(
     module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan, stream: SecretStream
 ) -> list[Tensor]:
     """(clipped sum over the sampled patients + noise) / public divisor."""
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters() if p.requires_grad]
-    rows, sizes = _sample(patients, run, plan.sampling_rate, stream.uniform)
-    for x_B, y_B, inside in _blocks(patients, run, rows, sizes, stream.uniform):
-        clipped = engine.clipped_sum(
-            module, tasks.loss_rows, x_B, y_B, inside, clip=run.privacy.clip, engine=run.privacy.engine
-        )
-        for total, part in zip(sums, clipped, strict=True):
-            total += part
     sensitivity = engine.sensitivity(run.privacy.clip)
     divisor = plan.sampling_rate * plan.patients_declared
+    sums = _clipped_sums(module, patients, run, plan.sampling_rate, stream.uniform)
     noisy = add_noise(sums, plan.noise_multiplier * sensitivity, stream, sensitivity=sensitivity)
     return [total.div_(divisor) for total in noisy]
+
+
+def _clipped_sums(module: nn.Module, patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> list[Tensor]:
+    """The clipped gradients of one Poisson sample, added up in float64: exact, so never to be sent."""
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters() if p.requires_grad]
+    rows, sizes = _sample(patients, run, rate, uniform)
+    for x_B, y_B, inside in _blocks(patients, run, rows, sizes, uniform):
+        parts = engine.clipped_sum(
+            module, tasks.loss_rows, x_B, y_B, inside, clip=run.privacy.clip, engine=run.privacy.engine
+        )
+        for total, part in zip(sums, parts, strict=True):
+            total += part
+    return sums
 
 
 def _plain_gradients(

@@ -239,15 +239,11 @@ def test_the_sum_is_rounded_before_the_noise_is_added(monkeypatch):
     fixed(monkeypatch, np.random.default_rng(0).standard_normal(500))
     grid = grid_spacing(1.0, 1.0, 500)
     whole = torch.arange(500, dtype=torch.float64) * grid
-    outputs = [
-        add_noise([whole + part * grid], 1.0, SecretStream(), sensitivity=1.0)[0] for part in (-0.4, 0.0, 0.4)
-    ]
+    outputs = [add_noise([whole + part * grid], 1.0, SecretStream(), sensitivity=1.0)[0] for part in (-0.4, 0.0, 0.4)]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
 
 
-@given(
-    st.floats(1e-12, 1e6), st.floats(1e-9, 1e9), st.integers(1, 10**9)
-)
+@given(st.floats(1e-12, 1e6), st.floats(1e-9, 1e9), st.integers(1, 10**9))
 @example(100.0, 1.0, 10**8)
 @example(100.0, 1.0, 10**9)
 @example(1e4, 0.1, 10**9)
