@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedscan_client import cohort, train
+from fedscan_client.dp import engine as dp_engine
 from fedscan_client.dp.noise import SecretStream
 from fedscan_core.accounting import SitePlan
 from fedscan_models import registry, tasks
@@ -283,13 +284,13 @@ def test_blocks_give_what_one_big_batch_gives(make_run, make_patients, monkeypat
 def test_an_empty_sample_reaches_the_engine_too(make_run, make_patients, monkeypatch, engine):
     """What the engine refuses must not depend on who was drawn."""
     seen = []
-    real = train.engine.clipped_sum
+    real = dp_engine.clipped_sum
 
     def watched(*args, **kwargs):
         seen.append(args[4])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train.engine, "clipped_sum", watched)
+    monkeypatch.setattr(dp_engine, "clipped_sum", watched)
     run = make_run(privacy={"engine": engine})
     for sizes, rate in (([], 1.0), (SIZES, 1e-12)):
         train.train_round(registry.for_run(run).module, make_patients(sizes), run, plan(rate=rate), **ROUND)

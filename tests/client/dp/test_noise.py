@@ -312,6 +312,18 @@ def test_every_tensor_and_block_gets_its_own_noise():
     assert noisy[2].shape == () and noisy[2] != 0
 
 
+def test_noise_is_drawn_in_blocks_so_that_memory_stays_small(monkeypatch):
+    asked = []
+
+    def gaussian(self, count):
+        asked.append(count)
+        return np.zeros(count)
+
+    monkeypatch.setattr(SecretStream, "gaussian", gaussian)
+    add_noise([torch.zeros(noise._BLOCK * 2 + 5), torch.zeros(7)], 1.0, SecretStream(), sensitivity=1.0)
+    assert asked == [noise._BLOCK, noise._BLOCK, 5, 7]
+
+
 def test_exact_sums_are_overwritten_and_any_layout_is_taken():
     plain = torch.zeros(5, dtype=torch.float64)
     assert add_noise([plain], 1.0, SecretStream(), sensitivity=1.0)[0].data_ptr() == plain.data_ptr() and plain.all()
