@@ -146,7 +146,7 @@ def test_one_patient_moves_the_update_by_at_most_c_over_the_divisor(make_run, ma
 @pytest.mark.parametrize("who", ["nobody", "nobody drawn"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_an_empty_sample_still_takes_its_noisy_step(make_run, make_patients, clip, c, who, steps):
-    """Pure noise: sigma * C / divisor a step. False alarm below 1e-6 each."""
+    """Pure noise: sigma * C / divisor a step. False alarm near 1e-9 each."""
     run = make_run(privacy={"clip": clip}, train={"learning_rate": 1.0, "local_steps": steps})
     rate = 1.0 if who == "nobody" else 1e-12
     patients = make_patients([] if who == "nobody" else SIZES)
@@ -156,8 +156,8 @@ def test_an_empty_sample_still_takes_its_noisy_step(make_run, make_patients, cli
             p.zero_()  # so that the weights round nothing away
     delta = flat(train.train_round(module, patients, run, plan(1.5, rate=rate), **ROUND)).double().numpy()
     z = delta / (1.5 * c / (rate * 20) * math.sqrt(steps))
-    assert stats.kstest(z, "norm").pvalue > 1e-7
-    assert abs(z.std() - 1) < 5.5 * math.sqrt(0.5 / z.size) and abs(z.mean()) < 5.5 / math.sqrt(z.size)
+    assert stats.kstest(z, "norm").pvalue > 1e-9
+    assert abs(z.std() - 1) < 6.2 * math.sqrt(0.5 / z.size) and abs(z.mean()) < 6.2 / math.sqrt(z.size)
 
 
 def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypatch):
@@ -178,7 +178,7 @@ def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypa
             flat(train.train_round(registry.for_run(run).module, make_patients([]), run, plan(1.0), **ROUND))
         )
     assert len(made) == 6 and len({s._encryptor for s in made}) == 6
-    assert not (updates[0] == updates[1]).any()
+    assert (updates[0] == updates[1]).float().mean() < 0.01  # float32: some meet by chance
 
 
 def test_without_privacy_it_is_the_mean_over_the_patients_there(make_run, make_patients):
@@ -351,7 +351,7 @@ def test_views_are_mirrored_and_moved_evenly(kind, reach):
     counts = dict.fromkeys(possible.values(), 0)
     for view in views:
         counts[possible[view.numpy().tobytes()]] += 1
-    assert stats.chisquare(list(counts.values())).pvalue > 1e-7
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-9
 
 
 def test_flat_pictures_are_moved_within_each_side():
