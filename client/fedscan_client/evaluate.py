@@ -85,5 +85,5 @@ def noisy_histogram(module: nn.Module, patients: Patients, run: RunConfig, plan:
             np.array([histograms.cells_of(run.evaluation, sex, age) for sex, age in groups]),
             counts.shape,
         )
-    noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream())
+    noisy = add_noise([torch.from_numpy(counts * (1 - MARGIN))], plan.evaluation_noise, SecretStream(), sensitivity=1.0)
     return noisy[0].numpy()

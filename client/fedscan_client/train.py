@@ -4,11 +4,16 @@ Guarantee of `train_round` with privacy enabled, for one round of S steps: the r
 runs of the Poisson-sampled Gaussian mechanism with rate plan.sampling_rate, L2 sensitivity C and noise standard
 deviation plan.noise_multiplier * C (unit: patient, adjacency: add or remove one), composed adaptively. Everything else
 it uses (start weights, divisor, learning rate, weight decay, proximal pull, number of steps) is public. An empty
-sample still takes its noisy step. Source: Abadi et al. 2016 (arXiv 1607.00133), with the patient as the unit.
+sample still takes its noisy step. A patient whose images cannot be decoded (`cohort` leaves those out) or whose
+gradient is not finite contributes zero. Source: Abadi et al. 2016 (arXiv 1607.00133), with the patient as the unit.
+
+Every sampled patient takes part: memory is bounded by walking over blocks of whole patients, whose float64 sums are
+added. For n sampled patients the rounding of the additions moves the sum by at most n^2 2^-53 C, so that of two cohorts
+apart by n^2 2^-52 C: `dp.engine.MARGIN` covers it up to a million patients a step.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +28,9 @@ from fedscan_core.wire import Arrays
 from fedscan_models import tasks
 
 Uniform = Callable[[int], np.ndarray]
+Block = tuple[Tensor, Tensor, list[int]]  # inputs and targets of whole patients, one after another; rows of each
+
+_BLOCK_BYTES = 64 * 2**20  # of inputs at once; more only where one patient alone has more
 
 
 def train_round(
@@ -65,13 +73,24 @@ def _private_gradients(
     module: nn.Module, patients: Patients, run: RunConfig, plan: SitePlan, stream: SecretStream
 ) -> list[Tensor]:
     """(clipped sum over the sampled patients + noise) / public divisor."""
-    x_B, y_B, sizes = _batch(patients, run, plan.sampling_rate, stream.uniform)
-    sums = engine.clipped_sum(
-        module, tasks.loss_rows, x_B, y_B, sizes, clip=run.privacy.clip, engine=run.privacy.engine
-    )
-    scale = plan.noise_multiplier * engine.sensitivity(run.privacy.clip)
+    sensitivity = engine.sensitivity(run.privacy.clip)
     divisor = plan.sampling_rate * plan.patients_declared
-    return [noisy / divisor for noisy in add_noise(sums, scale, stream)]
+    sums = _clipped_sums(module, patients, run, plan.sampling_rate, stream.uniform)
+    noisy = add_noise(sums, plan.noise_multiplier * sensitivity, stream, sensitivity=sensitivity)
+    return [total.div_(divisor) for total in noisy]
+
+
+def _clipped_sums(module: nn.Module, patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> list[Tensor]:
+    """The clipped gradients of one Poisson sample, added up in float64: exact, so never to be sent."""
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters() if p.requires_grad]
+    rows, sizes = _sample(patients, run, rate, uniform)
+    for x_B, y_B, inside in _blocks(patients, run, rows, sizes, uniform):
+        parts = engine.clipped_sum(
+            module, tasks.loss_rows, x_B, y_B, inside, clip=run.privacy.clip, engine=run.privacy.engine
+        )
+        for total, part in zip(sums, parts, strict=True):
+            total += part
+    return sums
 
 
 def _plain_gradients(
@@ -79,30 +98,54 @@ def _plain_gradients(
 ) -> list[Tensor]:
     """The mean over the sampled patients of each one's mean gradient: the same layout without clipping and noise."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    x_B, y_B, sizes = _batch(patients, run, plan.sampling_rate, uniform)
-    if not sizes:
-        return [torch.zeros_like(p) for p in parameters]
-    weight_B = torch.repeat_interleave(1.0 / torch.tensor(sizes), torch.tensor(sizes)) / len(sizes)
     totals = [torch.zeros_like(p) for p in parameters]
-    for first in range(0, len(x_B), 256):
-        part = slice(first, first + 256)
-        loss = (tasks.loss_rows(module(x_B[part]), y_B[part]) * weight_B[part]).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for total, gradient in zip(totals, gradients, strict=True):
-            total += gradient
+    rows, sizes = _sample(patients, run, plan.sampling_rate, uniform)
+    for x_B, y_B, inside in _blocks(patients, run, rows, sizes, uniform):
+        size_U = torch.tensor(inside, dtype=torch.int64)
+        weight_B = torch.repeat_interleave(1.0 / size_U, size_U) / max(len(sizes), 1)
+        for first in range(0, len(x_B), 256):
+            part = slice(first, first + 256)
+            loss = (tasks.loss_rows(module(x_B[part]), y_B[part]) * weight_B[part]).sum()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += gradient
     return totals
 
 
-def _batch(patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> tuple[Tensor, Tensor, list[int]]:
-    """Samples patients and their images, and makes the augmented views; a patient's rows stay side by side."""
+def _sample(patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> tuple[np.ndarray, list[int]]:
+    """Rows of the sampled patients' images, and how many each has; those without images are left out."""
     chosen = sampling.poisson(len(patients), rate, uniform)
     rows, sizes = sampling.images_of(chosen, patients.offsets, run.privacy.max_images_per_patient, uniform)
+    return rows, [size for size in sizes if size]
+
+
+def _blocks(
+    patients: Patients, run: RunConfig, rows: np.ndarray, sizes: Sequence[int], uniform: Uniform
+) -> Iterator[Block]:
+    """Whole patients with all their augmented views, side by side, as many at a time as fit `_BLOCK_BYTES`.
+
+    At least one block, perhaps empty: what the engine refuses must not depend on who was drawn.
+    """
     views = run.train.multiplicity
-    index = torch.from_numpy(np.repeat(rows, views))
-    x_B, y_B = patients.inputs[index], patients.targets[index]
-    if run.train.augmentation != "none" and len(x_B):
-        x_B = augment(x_B, run.train.augmentation, uniform)
-    return x_B, y_B, [size * views for size in sizes if size]
+    row_bytes = views * patients.inputs[:1].numel() * patients.inputs.element_size()
+    most = _BLOCK_BYTES // max(row_bytes, 1)
+    groups: list[list[int]] = [[]]
+    held = 0
+    for size in sizes:
+        if groups[-1] and held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(size)
+        held += size
+    first = 0
+    for inside in groups:
+        last = first + sum(inside)
+        index = torch.from_numpy(np.repeat(rows[first:last], views))
+        x_B, y_B = patients.inputs[index], patients.targets[index]
+        if run.train.augmentation != "none" and len(x_B):
+            x_B = augment(x_B, run.train.augmentation, uniform)
+        yield x_B, y_B, [size * views for size in inside]
+        first = last
 
 
 def augment(x_BCHW: Tensor, kind: str, uniform: Uniform) -> Tensor:

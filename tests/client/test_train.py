@@ -1,21 +1,26 @@
 """A round of training against plain gradient descent, and the noise that is left when nobody is there."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from fedscan_client import cohort, train
+from fedscan_client.dp import engine as dp_engine
 from fedscan_client.dp.noise import SecretStream
 from fedscan_core.accounting import SitePlan
 from fedscan_models import registry, tasks
 
 ROUND: dict[str, Any] = {"round_": 1, "site": "north"}
 SIZES = [3, 1, 2, 1, 4]
+ENGINES = ("opacus", "loop")
 FAINT = 1e-12  # noise multiplier whose noise is lost in float32
 
 
@@ -49,7 +54,7 @@ def close(delta, expected, relative=1e-4):
     return (flat(delta).double() - expected).norm() <= relative * expected.norm()
 
 
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus", "loop"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("settings", "sections", "mu"),
     [
@@ -105,7 +110,7 @@ def test_the_divisor_is_public(make_run, make_patients, rate, declared):
 
 
 @pytest.mark.parametrize("clip", [0.25, "auto"])
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus", "loop"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("extra", [{}, {"augmentation": "flip", "multiplicity": 3}], ids=["plain", "views"])
 def test_one_patient_moves_the_update_by_at_most_c_over_the_divisor(make_run, make_patients, clip, engine, extra):
     """The whole path, from sample to update; a patient that counted twice or was clipped by image would show."""
@@ -141,7 +146,7 @@ def test_one_patient_moves_the_update_by_at_most_c_over_the_divisor(make_run, ma
 @pytest.mark.parametrize("who", ["nobody", "nobody drawn"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_an_empty_sample_still_takes_its_noisy_step(make_run, make_patients, clip, c, who, steps):
-    """Pure noise: sigma * C / divisor a step. False alarm below 1e-6 each."""
+    """Pure noise: sigma * C / divisor a step. False alarm near 1e-9 each."""
     run = make_run(privacy={"clip": clip}, train={"learning_rate": 1.0, "local_steps": steps})
     rate = 1.0 if who == "nobody" else 1e-12
     patients = make_patients([] if who == "nobody" else SIZES)
@@ -151,8 +156,8 @@ def test_an_empty_sample_still_takes_its_noisy_step(make_run, make_patients, cli
             p.zero_()  # so that the weights round nothing away
     delta = flat(train.train_round(module, patients, run, plan(1.5, rate=rate), **ROUND)).double().numpy()
     z = delta / (1.5 * c / (rate * 20) * math.sqrt(steps))
-    assert stats.kstest(z, "norm").pvalue > 1e-7
-    assert abs(z.std() - 1) < 5.5 * math.sqrt(0.5 / z.size) and abs(z.mean()) < 5.5 / math.sqrt(z.size)
+    assert stats.kstest(z, "norm").pvalue > 1e-9
+    assert abs(z.std() - 1) < 6.2 * math.sqrt(0.5 / z.size) and abs(z.mean()) < 6.2 / math.sqrt(z.size)
 
 
 def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypatch):
@@ -173,7 +178,7 @@ def test_noise_is_fresh_at_every_step_and_call(make_run, make_patients, monkeypa
             flat(train.train_round(registry.for_run(run).module, make_patients([]), run, plan(1.0), **ROUND))
         )
     assert len(made) == 6 and len({s._encryptor for s in made}) == 6
-    assert not (updates[0] == updates[1]).any()
+    assert (updates[0] == updates[1]).float().mean() < 0.01  # float32: some meet by chance
 
 
 def test_without_privacy_it_is_the_mean_over_the_patients_there(make_run, make_patients):
@@ -201,10 +206,16 @@ def test_without_privacy_the_seed_decides_and_nothing_else(make_run, make_patien
     assert draws[0] != draws[1] and all(0 < u <= 1 for u in draws[0] + draws[1])
 
 
-def test_a_batch_holds_each_patients_views_side_by_side(make_run, make_patients):
+def drawn(patients, run, uniform=None, rate=1.0):
+    """The blocks of one step."""
+    uniform = uniform or SecretStream().uniform
+    return list(train._blocks(patients, run, *train._sample(patients, run, rate, uniform), uniform))
+
+
+def test_a_block_holds_each_patients_views_side_by_side(make_run, make_patients):
     run = make_run(privacy={"max_images_per_patient": 2}, train={"augmentation": "flip", "multiplicity": 3})
     patients = make_patients(SIZES)
-    x_B, y_B, sizes = train._batch(patients, run, 1.0, SecretStream().uniform)
+    ((x_B, y_B, sizes),) = drawn(patients, run)
     assert sizes == [6, 3, 6, 3, 6] and len(x_B) == len(y_B) == 24
     row = 0
     for patient, size in enumerate(sizes):
@@ -214,6 +225,114 @@ def test_a_batch_holds_each_patients_views_side_by_side(make_run, make_patients)
             hits = [i for i, x in enumerate(own) if torch.equal(view, x) or torch.equal(view, x.flip(-1))]
             assert len(hits) == 1 and target == patients.targets[first + hits[0]]
         row += size
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_blocks_hold_everybody_whole_and_no_more_than_fits(make_run, make_patients, sizes, rows, views, most):
+    """In order, once, never split; larger than the limit only where one patient alone is."""
+    extra = {"augmentation": "flip", "multiplicity": views} if views > 1 else {}
+    run = make_run(train=extra, privacy={"max_images_per_patient": most})
+    patients = make_patients(sizes, (1, 2, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_BLOCK_BYTES", rows * views * 16)
+        blocks = drawn(patients, run, lambda count: np.ones(count))  # no view is mirrored
+    taken = [min(size, most) * views for size in sizes if size]
+    assert [size for *_, inside in blocks for size in inside] == taken
+    assert blocks and all(len(x_B) == len(y_B) == sum(inside) for x_B, y_B, inside in blocks)
+    assert all(x_B.nbytes <= rows * views * 16 or len(inside) == 1 for x_B, _, inside in blocks)
+    for (*_, one), (*_, two) in itertools.pairwise(blocks):
+        assert sum(one) + two[0] > rows * views  # no block ends early
+    if most >= max(sizes, default=0):
+        whole = torch.cat([x_B for x_B, *_ in blocks])
+        assert torch.equal(whole, patients.inputs.repeat_interleave(views, 0).view_as(whole))
+
+
+def no_noise(patch):
+    patch.setattr(SecretStream, "gaussian", lambda self, count: np.zeros(count))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_blocks_give_what_one_big_batch_gives(make_run, make_patients, monkeypatch, engine, private, rows):
+    """The same draws, in many blocks and in one."""
+    no_noise(monkeypatch)
+    run = make_run(
+        privacy={"enabled": private, "clip": 0.3, "engine": engine, "max_images_per_patient": 3},
+        train={"learning_rate": 1.0, "local_steps": 2, "augmentation": "flip", "multiplicity": 2},
+    )
+    patients, updates, counts = make_patients([3, 1, 2, 1, 4, 2, 2, 5]), [], []
+    real = train._blocks
+
+    def counted(*args):
+        blocks = list(real(*args))
+        counts.append(len(blocks))
+        return iter(blocks)
+
+    monkeypatch.setattr(train, "_blocks", counted)
+    for limit in (train._BLOCK_BYTES, rows * 2 * 1024):
+        monkeypatch.setattr(train, "_BLOCK_BYTES", limit)
+        generator = np.random.default_rng(0)
+        monkeypatch.setattr(SecretStream, "uniform", lambda self, count, g=generator: 1 - g.random(count))
+        delta = train.train_round(registry.for_run(run).module, patients, run, plan(rate=0.9), **ROUND)
+        updates.append(flat(delta).double())
+    assert counts[0] == counts[1] == 1 < counts[2]
+    assert (updates[0] - updates[1]).norm() <= 2e-6 * updates[0].norm()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_empty_sample_reaches_the_engine_too(make_run, make_patients, monkeypatch, engine):
+    """What the engine refuses must not depend on who was drawn."""
+    seen = []
+    real = dp_engine.clipped_sum
+
+    def watched(*args, **kwargs):
+        seen.append(args[4])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dp_engine, "clipped_sum", watched)
+    run = make_run(privacy={"engine": engine})
+    for sizes, rate in (([], 1.0), (SIZES, 1e-12)):
+        train.train_round(registry.for_run(run).module, make_patients(sizes), run, plan(rate=rate), **ROUND)
+    assert seen == [[], []]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("clip", [0.3, "auto"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [2, 1000], ids=["blocks", "one block"])
+def test_a_patient_of_nan_images_changes_nothing_but_the_noise(
+    make_run, make_patients, monkeypatch, engine, clip, value, rows
+):
+    """With the noise taken away: the update is that of the site without this patient."""
+    no_noise(monkeypatch)
+    monkeypatch.setattr(train, "_BLOCK_BYTES", rows * 1024)
+    run = make_run(privacy={"clip": clip, "engine": engine}, train={"learning_rate": 1.0, "local_steps": 2})
+    everybody = make_patients([2, 3, 1])
+    everybody.inputs[2:5] = value
+    keep = [0, 1, 5]
+    rest = cohort.Patients(everybody.inputs[keep], everybody.targets[keep], np.array([0, 2, 3]), ("p0", "p2"))
+    with_it, without = (
+        flat(train.train_round(registry.for_run(run).module, part, run, plan(), **ROUND)).double()
+        for part in (everybody, rest)
+    )
+    assert with_it.isfinite().all() and (with_it - without).norm() <= 2e-6 * without.norm() > 0
+
+
+def test_images_that_cannot_be_decoded_change_nothing_but_the_noise(make_run, make_site, monkeypatch, tmp_path):
+    """One patient's every file is spoilt: the update is that of a site without this patient."""
+    no_noise(monkeypatch)
+    run = make_run(train={"learning_rate": 1.0, "local_steps": 2})
+    rows = [(f"p{i // 2}", ("well", "ill")[i // 2 % 2], "train", i) for i in range(8)]
+    whole, fewer = make_site(tmp_path / "a", rows=rows), make_site(tmp_path / "b", rows=rows[:2] + rows[4:])
+    for seed in (2, 3):
+        (whole.source.folder / f"canary-file-{seed}.png").write_bytes(b"no picture")
+    updates = []
+    for site in (whole, fewer):
+        patients = cohort.load_patients(site, run, "train")
+        assert len(patients.left_out) == (2 if site is whole else 0)
+        updates.append(train.train_round(registry.for_run(run).module, patients, run, plan(), **ROUND))
+    assert flat(updates[0]).any() and torch.equal(*map(flat, updates))
 
 
 @pytest.mark.parametrize(("kind", "reach"), [("flip", 0), ("shift", 2)])
@@ -232,7 +351,7 @@ def test_views_are_mirrored_and_moved_evenly(kind, reach):
     counts = dict.fromkeys(possible.values(), 0)
     for view in views:
         counts[possible[view.numpy().tobytes()]] += 1
-    assert stats.chisquare(list(counts.values())).pvalue > 1e-7
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-9
 
 
 def test_flat_pictures_are_moved_within_each_side():

@@ -1,8 +1,11 @@
 """Who takes part in a step: Poisson sampling over patients, then at most K images of each.
 
 Guarantee: every patient of the cohort is chosen independently with the public rate q, so the step is a Poisson-sampled
-mechanism (unit: patient, adjacency: add or remove one). Which of a chosen patient's images enter is free: their mean
-gradient is clipped as one. Masks and batch sizes are secret: drawn from the keystream, never logged, never sent.
+mechanism (unit: patient, adjacency: add or remove one). Nobody is dropped to save memory: a step may choose everybody,
+and `train` walks over them in blocks. Which of a chosen patient's images enter is free: their mean gradient is clipped
+as one. Masks and batch sizes are secret: drawn from the keystream, never logged, never sent.
+
+Legend: U chosen patients, R their images.
 """
 
 from collections.abc import Callable
@@ -14,12 +17,13 @@ Uniform = Callable[[int], np.ndarray]  # count -> float64 in (0, 1]
 
 def poisson(patients: int, rate: float, uniform: Uniform) -> np.ndarray:
     """Indices of the chosen patients, ascending; empty is a valid answer and its step is still taken."""
-    # uniform() is a multiple of 2^-53 in (0, 1], so P(u <= rate) is the rate to within 2^-53; rate 1 takes everybody.
+    # uniform() is a multiple of 2^-53 in (0, 1]: P(u <= rate) is the rate rounded down to one, never above what is
+    # accounted; rate 1 takes everybody.
     return np.flatnonzero(uniform(patients) <= rate) if rate < 1 else np.arange(patients)
 
 
 def images_of(chosen: np.ndarray, offsets: np.ndarray, most: int, uniform: Uniform) -> tuple[np.ndarray, list[int]]:
-    """Rows of the chosen patients' images, at most `most` each, drawn without replacement.
+    """Rows of the chosen patients' images, at most `most` each, drawn uniformly without replacement.
 
     Args:
         chosen: patient indices.
@@ -31,13 +35,12 @@ def images_of(chosen: np.ndarray, offsets: np.ndarray, most: int, uniform: Unifo
         (rows, sizes): row indices, each patient's contiguous, and how many each patient has; a patient without images
         has size 0 and contributes nothing.
     """
-    rows: list[np.ndarray] = []
-    sizes: list[int] = []
-    for patient in chosen:
-        first, last = int(offsets[patient]), int(offsets[patient + 1])
-        own = np.arange(first, last)
-        if len(own) > most:
-            own = own[np.sort(np.argsort(uniform(len(own)))[:most])]
-        rows.append(own)
-        sizes.append(len(own))
-    return (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)), sizes
+    count_U = offsets[chosen + 1] - offsets[chosen]
+    begin_U = np.cumsum(count_U) - count_U
+    place_R = np.arange(count_U.sum())
+    rows_R = place_R + np.repeat(offsets[chosen] - begin_U, count_U)
+    if (count_U > most).any():
+        # Ordered by a random key within each patient, who keep their places: the first `most` of each stay.
+        order_R = np.lexsort((uniform(len(rows_R)), np.repeat(np.arange(len(chosen)), count_U)))
+        rows_R = rows_R[np.sort(order_R[place_R - np.repeat(begin_U, count_U) < most])]
+    return rows_R, np.minimum(count_U, most).tolist()
