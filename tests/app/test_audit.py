@@ -37,12 +37,12 @@ def no_clip(monkeypatch):
 
 
 def noise_halved(monkeypatch):
-    monkeypatch.setattr(train, "add_noise", lambda sums, scale, stream: HONEST_NOISE(sums, scale / 2, stream))
+    monkeypatch.setattr(train, "add_noise", lambda sums, scale, stream, **c: HONEST_NOISE(sums, scale / 2, stream, **c))
 
 
 def empty_batches_skipped(monkeypatch):
-    def broken(sums, scale, stream):
-        return HONEST_NOISE(sums, scale, stream) if any(total.any() for total in sums) else list(sums)
+    def broken(sums, scale, stream, **c):
+        return HONEST_NOISE(sums, scale, stream, **c) if any(total.any() for total in sums) else list(sums)
 
     monkeypatch.setattr(train, "add_noise", broken)
 
@@ -54,8 +54,8 @@ def seeded(key):
         def __init__(self):
             self._generator = np.random.Generator(np.random.PCG64(key))
 
-        def uniform(self, count):
-            return 1.0 - self._generator.random(count)
+        def _words(self, count):
+            return self._generator.integers(0, 2**64, count, dtype=np.uint64)
 
     return Seeded
 
@@ -172,9 +172,9 @@ def test_a_site_that_skips_its_empty_batches_is_caught_whoever_is_there(run_for,
         there = len(cohort)
         return honest(module, cohort, *rest)
 
-    def broken(sums, scale, stream):
+    def broken(sums, scale, stream, **c):
         skipped = there == patients and not any(total.any() for total in sums)
-        return list(sums) if skipped else HONEST_NOISE(sums, scale, stream)
+        return list(sums) if skipped else HONEST_NOISE(sums, scale, stream, **c)
 
     monkeypatch.setattr(train, "_private_gradients", counted)
     monkeypatch.setattr(train, "add_noise", broken)
@@ -182,16 +182,17 @@ def test_a_site_that_skips_its_empty_batches_is_caught_whoever_is_there(run_for,
 
 
 def test_noise_that_one_tensor_lacks_is_caught(run_for, monkeypatch):
-    def broken(sums, scale, stream):
-        noisy = HONEST_NOISE(sums, scale, stream)
-        return [*noisy[:-1], sums[-1]] if len(noisy) > 1 else noisy
+    def broken(sums, scale, stream, **c):
+        last = sums[-1].clone()
+        noisy = HONEST_NOISE(sums, scale, stream, **c)
+        return [*noisy[:-1], last] if len(noisy) > 1 else noisy
 
     monkeypatch.setattr(train, "add_noise", broken)
     assert failed(found(run_for(**PROBES["one step"]), 100)) == {"noise without patients"}
 
 
 def test_weights_that_are_not_finite_fail(run_for, monkeypatch):
-    def broken(sums, scale, stream):
+    def broken(sums, scale, stream, **c):
         return [torch.full_like(total, float("nan")) for total in sums]
 
     monkeypatch.setattr(train, "add_noise", broken)

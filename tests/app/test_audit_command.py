@@ -34,7 +34,9 @@ def test_it_passes_and_says_what_it_is(run_file, capsys):
 
 
 def test_a_broken_pipeline_ends_with_1(run_file, capsys, monkeypatch):
-    monkeypatch.setattr(train, "add_noise", lambda sums, scale, stream: noise.add_noise(sums, scale / 4, stream))
+    monkeypatch.setattr(
+        train, "add_noise", lambda sums, scale, stream, **c: noise.add_noise(sums, scale / 4, stream, **c)
+    )
     assert typed(run_file, *QUICK) == 1
     assert "FAIL in" in capsys.readouterr().out
 

@@ -25,7 +25,7 @@ def test_images_are_read_out_of_a_plain_update_and_not_out_of_a_private_one(atta
 
 def test_it_is_the_noise_that_protects(monkeypatch):
     """Clipped, but without noise, the same images come out: the attack on the private side is a real one."""
-    monkeypatch.setattr(train, "add_noise", lambda sums, scale, stream: list(sums))
+    monkeypatch.setattr(train, "add_noise", lambda sums, scale, stream, **c: list(sums))
     assert (inversion.invert(RunConfig(), patients_declared=200).db_private > 60).mean() > 0.8
 
 

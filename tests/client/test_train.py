@@ -20,7 +20,7 @@ from fedscan_models import registry, tasks
 
 ROUND: dict[str, Any] = {"round_": 1, "site": "north"}
 SIZES = [3, 1, 2, 1, 4]
-ENGINES = ("opacus", "loop")
+ENGINES = ("bookkeeping", "opacus", "loop")
 FAINT = 1e-12  # noise multiplier whose noise is lost in float32
 
 

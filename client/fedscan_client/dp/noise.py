@@ -115,7 +115,7 @@ def add_noise(sums: Sequence[Tensor], scale: float, stream: SecretStream, *, sen
     """Adds N(0, (scale * (1 + ROUNDING))^2) to every entry, on the grid. See the module's docstring for the guarantee.
 
     Args:
-        sums: the clipped sums, one per parameter. float64 ones are overwritten: no exact sum stays in memory.
+        sums: the clipped sums, one per parameter. They are overwritten: no exact sum stays in memory.
         scale: standard deviation to account with: noise multiplier times sensitivity.
         stream: this step's keystream.
         sensitivity: C, the L2 norm by which one patient can change all sums together.
@@ -130,6 +130,8 @@ def add_noise(sums: Sequence[Tensor], scale: float, stream: SecretStream, *, sen
     noisy = []
     for total in sums:
         flat = total.double().contiguous().view(-1)
+        if flat.data_ptr() != total.data_ptr():
+            total.zero_()  # the exact sum
         for part in flat.split(_BLOCK):
             noise = torch.from_numpy(stream.gaussian(len(part))).mul_(scale * (1 + ROUNDING) / grid).round_()
             # Both are rounded to whole grid points first; the grid is a power of two, so scaling is exact.
