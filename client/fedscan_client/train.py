@@ -82,14 +82,17 @@ def _private_gradients(
 
 def _clipped_sums(module: nn.Module, patients: Patients, run: RunConfig, rate: float, uniform: Uniform) -> list[Tensor]:
     """The clipped gradients of one Poisson sample, added up in float64: exact, so never to be sent."""
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in module.parameters() if p.requires_grad]
+    sums: list[Tensor] = []
     rows, sizes = _sample(patients, run, rate, uniform)
     for x_B, y_B, inside in _blocks(patients, run, rows, sizes, uniform):
         parts = engine.clipped_sum(
             module, tasks.loss_rows, x_B, y_B, inside, clip=run.privacy.clip, engine=run.privacy.engine
         )
-        for total, part in zip(sums, parts, strict=True):
-            total += part
+        if sums:
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+        else:
+            sums = parts
     return sums
 
 

@@ -44,6 +44,7 @@ Finish = Callable[[Tensor, Tensor], None]  # (factors [U], total): adds the clip
 _TRUST = 1e-6  # squared: of a Gram norm against its terms
 _KEPT = 64 * 2**20  # entries of units' gradients kept for one weight
 _BLOCK = 2**18  # entries turned to float64 at once
+_HELD = 2**20  # entries of float64 patches kept between norm and sum rather than made again
 _SMALL = 4096  # entries of a parameter whose gradients are handled together with others'
 _UNFOLDED = 16 * 2**20  # entries of the patches of one layer, at most
 _TRIES = 3
@@ -107,7 +108,8 @@ class Recorder:
             a, b = product.a(torch.float64), product.b(torch.float64)
             if self.seen is not None:
                 self.seen += [a, b]
-            self._add(parameter, None, _gram_square(a, b), lambda f, total: _late(product, f, total))
+            held = (a, b) if a.numel() <= _HELD else None
+            self._add(parameter, None, _gram_square(a, b), lambda f, total: _late(product, held, f, total))
             return
         gradient = _gradient(product, way, restored=False)
         self._add(parameter, gradient, *_kept(gradient, *_places(product, way)))
@@ -311,9 +313,10 @@ def _gram_square(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(torch.isfinite(square), torch.maximum(square, _TRUST * terms), square)
 
 
-def _late(product: Product, factor_U: Tensor, total: Tensor) -> None:
+def _late(product: Product, held: tuple[Tensor, Tensor] | None, factor_U: Tensor, total: Tensor) -> None:
     """Adds the clipped sum from its factors, in float64: products of float32 numbers are exact there."""
-    a, b = product.a(torch.float64), product.b(torch.float64) * factor_U.view(-1, 1, 1)
+    a, b = held or (product.a(torch.float64), product.b(torch.float64))
+    b = b * factor_U.view(-1, 1, 1)
     if not factor_U.all():
         gone = factor_U.view(-1, 1, 1) == 0
         a, b = a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)
@@ -334,8 +337,9 @@ def _fastest(product: Product, parameter: Tensor) -> str:
         for _ in range(_TRIES):
             start = now()
             if way == "gram":
-                square, made = _gram_square(product.a(torch.float64), product.b(torch.float64)), None
-                _late(product, torch.ones_like(square), total)
+                a, b, made = product.a(torch.float64), product.b(torch.float64), None
+                square = _gram_square(a, b)
+                _late(product, (a, b) if a.numel() <= _HELD else None, torch.ones_like(square), total)
             else:
                 made = _gradient(product, way, restored=False)
                 square, finish = _kept(made, *_places(product, way))

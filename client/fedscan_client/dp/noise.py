@@ -115,7 +115,7 @@ def add_noise(sums: Sequence[Tensor], scale: float, stream: SecretStream, *, sen
     """Adds N(0, (scale * (1 + ROUNDING))^2) to every entry, on the grid. See the module's docstring for the guarantee.
 
     Args:
-        sums: the clipped sums, one per parameter. They are overwritten: no exact sum stays in memory.
+        sums: the clipped sums, one per parameter. Those of `dp.engine` are overwritten: no exact sum stays in memory.
         scale: standard deviation to account with: noise multiplier times sensitivity.
         stream: this step's keystream.
         sensitivity: C, the L2 norm by which one patient can change all sums together.
@@ -129,12 +129,14 @@ def add_noise(sums: Sequence[Tensor], scale: float, stream: SecretStream, *, sen
     grid = grid_spacing(scale, sensitivity, sum(total.numel() for total in sums))
     noisy = []
     for total in sums:
-        flat = total.double().contiguous().view(-1)
-        if flat.data_ptr() != total.data_ptr():
-            total.zero_()  # the exact sum
+        # In the order of memory, so that it happens in place: a convolution's sum may have its channels last.
+        turned = total.dim() > 2 and total.movedim(1, -1).is_contiguous()
+        ordered = total.movedim(1, -1) if turned else total
+        flat = ordered.double().contiguous().view(-1)
         for part in flat.split(_BLOCK):
             noise = torch.from_numpy(stream.gaussian(len(part))).mul_(scale * (1 + ROUNDING) / grid).round_()
             # Both are rounded to whole grid points first; the grid is a power of two, so scaling is exact.
             part.mul_(1 / grid).round_().add_(noise.to(part.device)).mul_(grid)
-        noisy.append(flat.view(total.shape))
+        found = flat.view(ordered.shape)
+        noisy.append(found.movedim(-1, 1) if turned else found)
     return noisy

@@ -331,3 +331,17 @@ def test_exact_sums_are_overwritten_and_any_layout_is_taken():
     (noisy,) = add_noise([turned + 1e6], 1.0, SecretStream(), sensitivity=1.0)
     assert noisy.shape == turned.shape and ((noisy - 1e6).abs() < 9).all() and len(noisy.unique()) > 115
     assert add_noise([torch.zeros(0, 3)], 1.0, SecretStream(), sensitivity=1.0)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3), (4, 2, 3, 3), (2, 3, 2, 2, 2)])
+def test_sums_of_any_layout_are_overwritten(shape):
+    """The engine's sums have a convolution's channels last in memory; what is exact must not stay there."""
+    dims = (0, *range(2, len(shape)), 1) if len(shape) > 2 else (0, 1)
+    for total in (torch.ones(shape), torch.ones(shape, dtype=torch.float64)):
+        turned = total.permute(dims).contiguous().permute(*(dims.index(d) for d in range(len(shape))))
+        for some in (total, turned):
+            exact = some.clone()
+            (noisy,) = add_noise([some], 1.0, SecretStream(), sensitivity=1.0)
+            assert noisy.shape == some.shape and noisy.dtype == torch.float64
+            assert 0.01 < (noisy - exact).std() < 4
+            assert some.dtype != torch.float64 or noisy.data_ptr() == some.data_ptr()
