@@ -19,6 +19,7 @@ draw anew for every unit, from the operating system's entropy.
 Legend: B rows (images and their views), U units (patients), P entries of one parameter.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -202,17 +203,26 @@ def _add_by_loop(
     """Adds the units' clipped gradients to the sums: one ordinary backward pass per unit. Slow, plain, exact."""
     random = plans.draws(module)
     for unit in units:
-        if random:  # a seed that others may know, or a draw counted on from other units, would tie units together
-            torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
-        gradient: list[Tensor] = []
-        for begin in range(unit.start, unit.stop, _ROWS_AT_ONCE):
-            part = slice(begin, min(begin + _ROWS_AT_ONCE, unit.stop))
-            own = x_B[part].clone()  # a slice's place in memory can choose another kernel
-            loss = loss_rows(module(own), y_B[part]).sum() / (unit.stop - unit.start)
-            more = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            gradient = [a + b for a, b in zip(gradient, more, strict=True)] if gradient else list(more)
+        with torch.random.fork_rng() if random else contextlib.nullcontext():
+            if random:  # a seed that others may know, or a draw counted on from other units, would tie units together
+                torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
+            gradient = _plain_gradient(module, parameters, loss_rows, x_B, y_B, unit)
         squares = [bookkeeping.squared_norms(g.reshape(1, -1)) for g in gradient]
         factor = float(_factors(torch.stack(squares).sum(0), clip))
         if factor:
             for total, found in zip(sums, gradient, strict=True):
                 total.add_(found, alpha=factor)
+
+
+def _plain_gradient(
+    module: nn.Module, parameters: list[nn.Parameter], loss_rows: LossRows, x_B: Tensor, y_B: Tensor, unit: slice
+) -> list[Tensor]:
+    """The unit's mean gradient."""
+    gradient: list[Tensor] = []
+    for begin in range(unit.start, unit.stop, _ROWS_AT_ONCE):
+        part = slice(begin, min(begin + _ROWS_AT_ONCE, unit.stop))
+        own = x_B[part].clone()  # a slice's place in memory can choose another kernel
+        loss = loss_rows(module(own), y_B[part]).sum() / (unit.stop - unit.start)
+        more = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = [a + b for a, b in zip(gradient, more, strict=True)] if gradient else list(more)
+    return gradient
