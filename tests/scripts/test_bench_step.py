@@ -12,7 +12,7 @@ BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "step.py"
 
 @pytest.mark.slow
 def test_it_prints_rows_and_nothing_else():
-    command = [sys.executable, BENCH, "--models", "cnn", "--images", "1", "4", "--repeats", "3", "--json"]
+    command = [sys.executable, str(BENCH), "--models", "cnn", "--images", "1", "4", "--repeats", "3", "--json"]
     rows = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     keys = {"model", "variant", "images_per_patient", "time_ratio", "memory_ratio", "layout"}
     assert all(row.keys() >= keys for row in rows)

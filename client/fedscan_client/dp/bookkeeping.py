@@ -9,24 +9,28 @@ Guarantee: what one unit contributes is a function of its own rows, the weights 
 depends on no other unit. So adding or removing a patient changes the sum by that patient's contribution alone, and its
 norm is at most the clip. Three things make it so:
 
-1. Units are computed in *slots*: a chunk always has the same shape (units padded to a size class, chunks filled up with
-   empty units), so every operation is the same whoever is there. The order in which a dense kernel adds numbers is a
-   property of shapes, not of values. That each slot has the same order is checked: on random weights and images, the
-   same unit must give the same bits in every slot and whatever stands in the others (`dp.plans`). Weights that a
-   malicious server makes to blow up rounding change values, not orders.
-2. Where units are added up, it is in float64, from float32 factors whose products are exact there.
-3. A Gram norm below 1e-3 of the sum of its terms' norms is not trusted and replaced by that bound. So the error of a
-   norm stays below 1e-6 relative, and that of a sum below 1e-9 of the clip for each chunk.
+1. Units are computed in *slots*: a chunk always has the same shape (units padded to a power of two, chunks filled up
+   with empty units), so every operation is the same whoever is there. The order in which a product or a sum adds
+   numbers is a property of shapes, not of values; that it is the same in each slot is checked: on random weights and
+   images, a unit must give the same bits in every slot and whatever stands in the others (`dp.plans`). Elementwise
+   functions have no order, but a vector loop of up to 32 numbers and other code for the remainder, which differs in the
+   last bit for some values only: a chunk has a multiple of 32 rows and one thread, so there is no remainder. Weights
+   that a malicious server makes to blow up rounding change values, not orders.
+2. Where units are added up, it is in float64.
+3. A Gram norm below 1e-3 of the sum of its terms' norms is not trusted and replaced by that bound; its own rounding is
+   float64's. All this is far below `dp.engine.MARGIN`.
 
 Where the check fails, or a layer cannot be split by unit, or the network draws random numbers, there is no plan and the
-caller takes the plain loop. Assumed: the check's random data show a different order where there is one.
+caller takes the plain loop. Assumed: the check's random data show a different order where there is one, and torch's
+vector loops are no longer than 32 numbers.
 
 Legend: U units (slots) of K rows, B = U K rows, P entries of a parameter.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,11 +169,23 @@ def add_clipped_sum(
         sums: one float64 tensor per trainable parameter; fastest if a convolution's has its channels last in memory.
     """
     totals: dict[Tensor, Tensor] = dict(zip((p for p in module.parameters() if p.requires_grad), sums, strict=True))
-    for first in range(0, len(units), plan.units):
-        inside = units[first : first + plan.units]
-        x, y, weight_B = _slots(plan, x_B, y_B, inside)
-        tape = Recorder(plan.units, plan.ways)
-        clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors), totals)
+    with one_thread():
+        for first in range(0, len(units), plan.units):
+            inside = units[first : first + plan.units]
+            x, y, weight_B = _slots(plan, x_B, y_B, inside)
+            tape = Recorder(plan.units, plan.ways)
+            clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors), totals)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Several threads would cut elementwise work in places that depend on their number, inside of slots."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def zero_sums(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -194,9 +210,8 @@ def _of_the_first(there: int, factors: Factors) -> Factors:
 
 
 def size_class(size: int) -> int:
-    """The size to which a unit of `size` rows is padded: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    power = 1 << max(0, size - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+    """The power of two to which a unit of `size` rows is padded."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _slots(plan: Plan, x_B: Tensor, y_B: Tensor, units: list[slice]) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +223,8 @@ def _slots(plan: Plan, x_B: Tensor, y_B: Tensor, units: list[slice]) -> tuple[Te
         size = unit.stop - unit.start
         place = slice(slot * plan.size, slot * plan.size + size)
         x[place], y[place], weight_B[place] = x_B[unit], y_B[unit], 1 / size
+        air = slice(place.stop, (slot + 1) * plan.size)  # of weight 0; an image of zeros may have no finite gradient
+        x[air], y[air] = x_B[unit.start], y_B[unit.start]
     return laid_out(x, plan.memory_format), y, weight_B
 
 
@@ -288,6 +305,8 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def squared_norms(gradient_UP: Tensor) -> Tensor:
     """Squared norms [U], float64. In two levels: a long float32 row comes out low by 3e-4, a short one by 1e-5."""
+    if gradient_UP.dtype not in (torch.float32, torch.float64):
+        gradient_UP = gradient_UP.float()
     units, entries = gradient_UP.shape
     whole = entries // 256 * 256
     short = torch.linalg.vector_norm(gradient_UP[:, :whole].reshape(units, -1, 256), dim=2).double()

@@ -2,9 +2,9 @@
 
 Guarantee: adding or removing one patient (all rows of one unit) changes the sum by at most C in L2 norm, whatever the
 images and whatever the weights. Each unit's contribution depends on its own rows alone, bit for bit, and has a norm of
-at most C * (1 - MARGIN); units are added up in float64. The margin covers the rounding of norms (1e-5) and of sums, and
-the noise's grid (`dp.noise`). A unit whose gradient is not finite contributes zero. A unit is never split between
-chunks, so chunking for memory changes nothing.
+at most C * (1 - MARGIN); units are added up in float64. The margin covers the rounding of norms (1e-5) and of sums. A
+unit whose gradient is not finite contributes zero. A unit is never split between chunks, so chunking for memory changes
+nothing.
 
 Engines: "bookkeeping" (default) does it in one forward and one backward pass over units in fixed slots; it checks
 itself on random data first (`dp.plans`) and leaves to the loop what it cannot do. "loop" takes one backward pass per
@@ -13,13 +13,12 @@ any size, and weights whose logits cancel down to their own rounding make every 
 bound holds for weights as they come from training, not for weights that a malicious server chose
 (tests/client/dp/test_engine.py). Hospitals refuse it.
 
-Assumed: no layer mixes the rows of a batch (`fedscan_models.dp_ready` refuses those that do). Random layers (dropout)
-draw anew for every unit, from the operating system's entropy.
+Assumed: no layer mixes the rows of a batch or keeps a state (`fedscan_models.dp_ready` refuses those that do). Random
+layers (dropout) draw anew for every unit, from the operating system's entropy.
 
 Legend: B rows (images and their views), U units (patients), P entries of one parameter.
 """
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from fedscan_client.dp import bookkeeping, plans
 
 MARGIN = 1e-3
+SMALLEST = 1e-12  # clipping norm: squares of gradients far smaller vanish in float32
 _GRADIENT_BYTES = 512 * 2**20  # per-row gradients held at once, about
 _MOST_ROWS = 256
 _ROWS_AT_ONCE = 64  # of one unit in the plain loop: bounds memory whatever the unit holds
@@ -70,8 +70,10 @@ def clipped_sum(
     Returns:
         One float64 tensor per trainable parameter, in the order of `module.parameters()`.
     """
-    if sum(sizes) != len(x_B):
+    if sum(sizes) != len(x_B) or len(y_B) != len(x_B) or any(size < 0 for size in sizes):
         raise ValueError("sizes do not add up to the rows: refuse to guess which image belongs to whom")
+    if not SMALLEST <= sensitivity(clip) <= 1 / SMALLEST:
+        raise ValueError("a clipping norm that float32 gradients cannot be measured by")
     parameters = [p for p in module.parameters() if p.requires_grad]
     sums = bookkeeping.zero_sums(parameters)
     first, units = 0, list[slice]()
@@ -201,11 +203,10 @@ def _add_by_loop(
     clip: Clip,
 ) -> None:
     """Adds the units' clipped gradients to the sums: one ordinary backward pass per unit. Slow, plain, exact."""
-    random = plans.draws(module)
     for unit in units:
-        with torch.random.fork_rng() if random else contextlib.nullcontext():
-            if random:  # a seed that others may know, or a draw counted on from other units, would tie units together
-                torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
+        with torch.random.fork_rng():
+            # For random layers: a seed that others may know, or a draw counted on from other units, would tie units.
+            torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
             gradient = _plain_gradient(module, parameters, loss_rows, x_B, y_B, unit)
         squares = [bookkeeping.squared_norms(g.reshape(1, -1)) for g in gradient]
         factor = float(_factors(torch.stack(squares).sum(0), clip))
@@ -222,7 +223,7 @@ def _plain_gradient(
     for begin in range(unit.start, unit.stop, _ROWS_AT_ONCE):
         part = slice(begin, min(begin + _ROWS_AT_ONCE, unit.stop))
         own = x_B[part].clone()  # a slice's place in memory can choose another kernel
-        loss = loss_rows(module(own), y_B[part]).sum() / (unit.stop - unit.start)
+        loss = loss_rows(module(own), y_B[part].clone()).sum() / (unit.stop - unit.start)
         more = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         gradient = [a + b for a, b in zip(gradient, more, strict=True)] if gradient else list(more)
     return gradient

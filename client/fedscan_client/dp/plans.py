@@ -1,6 +1,6 @@
 """How chunks of one shape are computed, and whether book-keeping may be trusted with a network at all.
 
-A plan is made once per network structure, row shape, size class, thread count and machine, from public things alone: a
+A plan is made once per network structure, row shape, size class and process, from public things alone: a
 copy of the network with random weights, and random images. Making it times the exact ways of each weight and both
 memory layouts, then checks the assumption on which `dp.bookkeeping` rests: a unit's part of every sum is the same, bit
 for bit, in every slot and whatever the other slots hold. It also compares the sum with plain autograd. Whoever fails
@@ -15,13 +15,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fedscan_client.dp.bookkeeping import LossRows, Plan, Recorder, alike, clipped_pass, laid_out, now, zero_sums
+from fedscan_client.dp.bookkeeping import (
+    LossRows,
+    Plan,
+    Recorder,
+    alike,
+    clipped_pass,
+    laid_out,
+    now,
+    one_thread,
+    zero_sums,
+)
 from fedscan_client.dp.tape import Unsplittable
 
-_ROWS = 32  # of a chunk
+_ROWS = 32  # of a chunk, at least and at most: see `dp.bookkeeping` on remainders
 _MOST_ROWS = 256  # of a chunk whose rows are small
 _SMALL_ROW = 2**16  # bytes
-_CHUNK_BYTES = 2**30  # activations of a chunk, about
+_CHUNK_BYTES = 4 * 2**30  # activations of a chunk: if they are more, the loop
 _RIGHT = 1e-3  # against plain autograd in float32: kernels differ, and so do sums
 
 
@@ -35,9 +45,13 @@ def plan_for(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
     and checked on a copy of the network with random weights, and random images.
     """
     rows = (x_B.shape[1:], x_B.dtype, x_B.device, y_B.shape[1:], y_B.dtype)
-    key = (_structure(module), rows, size, torch.get_num_threads())
+    key = (_structure(module), rows, size, loss_rows, torch.backends.mkldnn.enabled)
     if key not in _PLANS:
-        _PLANS[key] = _planned(module, loss_rows, x_B, y_B, size)
+        try:
+            with one_thread(), torch.random.fork_rng():
+                _PLANS[key] = _planned(module, loss_rows, x_B, y_B, size)
+        except Exception:  # it depends on the network's structure only; the loop says it if it fails there, too
+            _PLANS[key] = None
     return _PLANS[key]
 
 
@@ -48,21 +62,23 @@ def _structure(module: nn.Module) -> tuple[object, ...]:
     for name, layer in module.named_modules():
         settings = tuple((k, v) for k, v in vars(layer).items() if isinstance(v, plain))
         parts.append((name, type(layer), repr(settings), layer.extra_repr()))
-    parts += [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters(remove_duplicate=False)]
+    first: dict[int, int] = {}  # which names are one parameter
+    for name, p in module.named_parameters(remove_duplicate=False):
+        parts.append((name, first.setdefault(id(p), len(first)), p.shape, p.stride(), p.dtype, p.requires_grad))
     return tuple(parts)
 
 
 def _planned(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, size: int) -> Plan | None:
-    if draws(module):
+    replaced = any("forward" in vars(layer) for layer in module.modules())
+    # Whole numbers have no random values that every network takes.
+    if replaced or x_B.dtype not in (torch.float32, torch.float64):
         return None
     probe = _randomised(module)
     rows = _rows_at_once(probe, x_B)
-    # A power of two of units, also of three or six rows each: at other heights the kernels' last tile is another.
-    units = rows // (size if size & (size - 1) == 0 else size * 2 // 3)
-    if not units:
+    if rows is None or size > rows:
         return None
-    for memory_format in _formats(probe, loss_rows, x_B, y_B, Plan(units, size, torch.contiguous_format, {})):
-        plan = Plan(units, size, memory_format, {})
+    for memory_format in _formats(probe, loss_rows, x_B, y_B, Plan(rows // size, size, torch.contiguous_format, {})):
+        plan = Plan(rows // size, size, memory_format, {})
         with contextlib.suppress(Unsplittable):
             alike_rows = _probe_rows(plan, x_B, y_B, same=True)
             tape = Recorder(plan.units, plan.ways, tries=True)
@@ -97,12 +113,6 @@ def _formats(
     return (last, torch.contiguous_format) if seconds[1] < 0.9 * seconds[0] else (torch.contiguous_format, last)
 
 
-def draws(module: nn.Module) -> bool:
-    """Whether the network draws random numbers (dropout): then a slot does not give the same twice."""
-    rates = (getattr(layer, name, 0.0) for layer in module.modules() for name in ("p", "dropout"))
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
 def _randomised(module: nn.Module) -> nn.Module:
     """A copy with random weights: a fresh network's zeros would hide the order of a sum."""
     probe = copy.deepcopy(module)
@@ -115,8 +125,8 @@ def _randomised(module: nn.Module) -> nn.Module:
     return probe
 
 
-def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int:
-    """B: as many rows as make a chunk, from what the layers hand on for one row."""
+def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int | None:
+    """B: the rows of a chunk, from what the layers hand on for one row. None if they are too large, or draw numbers."""
     entries = 0
 
     def count(layer: nn.Module, inputs: object, output: object) -> None:
@@ -124,47 +134,52 @@ def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int:
         entries += output.numel() if isinstance(output, Tensor) else 0
 
     hooks = [layer.register_forward_hook(count) for layer in probe.modules() if not any(layer.children())]
+    before = torch.get_rng_state(), [buffer.clone() for buffer in probe.buffers()]
     try:
         with torch.no_grad():
-            probe(x_B.new_zeros(1, *x_B.shape[1:]))
+            probe(x_B.new_ones(1, *x_B.shape[1:]))
     finally:
         for hook in hooks:
             hook.remove()
+    changed = any(not torch.equal(a, b) for a, b in zip(before[1], probe.buffers(), strict=True))
+    if changed or not torch.equal(before[0], torch.get_rng_state()):
+        return None
     if entries * 4 <= _SMALL_ROW:
         return _MOST_ROWS
-    return max(1, min(_ROWS, 1 << int(math.log2(max(1, _CHUNK_BYTES // (4 * entries))))))
+    return _ROWS if _ROWS * entries * 4 <= _CHUNK_BYTES else None
 
 
 def _probe_rows(plan: Plan, x_B: Tensor, y_B: Tensor, *, same: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Random rows for every slot: the same unit in each, or another in each (the first slot's is the same)."""
+    """Random rows and labels for every slot: the same unit in each, or another in each but the first."""
     generator = torch.Generator().manual_seed(1)
-    shape = (plan.units, plan.size, *x_B.shape[1:])
-    x = torch.zeros(shape, dtype=x_B.dtype)
-    if x_B.is_floating_point():
-        x = torch.randn(shape, generator=generator, dtype=x_B.dtype)
-        if same:
-            x = x[:1].expand(shape)
-    x = x.reshape(-1, *x_B.shape[1:]).to(x_B.device)
-    weight_B = torch.full((len(x),), 1 / plan.size, dtype=torch.float64)
-    return laid_out(x, plan.memory_format), y_B.new_zeros(len(x), *y_B.shape[1:]), weight_B.to(x.device)
+    shape = (plan.units, plan.size)
+    x = torch.randn(*shape, *x_B.shape[1:], generator=generator, dtype=x_B.dtype)
+    y = torch.randint(0, 2, (*shape, *y_B.shape[1:]), generator=generator).to(y_B.dtype)
+    if same:
+        x, y = x[:1].expand(x.shape), y[:1].expand(y.shape)
+    x, y = x.flatten(0, 1).to(x_B.device), y.flatten(0, 1).to(y_B.device)
+    weight_B = torch.full((len(x),), 1 / plan.size, dtype=torch.float64, device=x.device)
+    return laid_out(x, plan.memory_format), y, weight_B
 
 
 def _certified(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor) -> bool:
     """Whether a unit's part is the same, bit for bit, in every slot and beside other units; and right."""
     seen: list[list[Tensor]] = [[], []]
+    factor_U = torch.linspace(0.5, 1.0, plan.units, dtype=torch.float64, device=x_B.device)
     for same, tensors in zip((True, False), seen, strict=True):
         rows = _probe_rows(plan, x_B, y_B, same=same)
         totals = _totals(probe)
-        clipped_pass(probe, Recorder(plan.units, plan.ways, seen=tensors), loss_rows, *rows, torch.ones_like, totals)
+        tape = Recorder(plan.units, plan.ways, seen=tensors)
+        clipped_pass(probe, tape, loss_rows, *rows, lambda square: factor_U, totals)
     if not all(alike(tensor) for tensor in seen[0]):
         return False
     if not all(torch.equal(first[0], second[0]) for first, second in zip(*seen, strict=True)):
         return False
-    # Right, too: against plain autograd on the same rows, without clipping.
+    # Right, too: against plain autograd with a factor of its own for each unit, so that each unit's rows are its own.
     x, y, weight_B = rows
     trained = [p for p in probe.parameters() if p.requires_grad]
     loss_B = loss_rows(probe(x), y)
-    loss = (loss_B * weight_B.to(loss_B.dtype)).sum()
+    loss = (loss_B * (weight_B * factor_U.repeat_interleave(plan.size)).to(loss_B.dtype)).sum()
     plain = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     off = sum(float((a - b).square().sum()) for a, b in zip(totals.values(), plain, strict=True))
     return off <= _RIGHT**2 * sum(float(b.double().square().sum()) for b in plain)

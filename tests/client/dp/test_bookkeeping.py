@@ -187,6 +187,23 @@ def test_embeddings_are_exact(tied, sizes):
     module = Words(tied).double()
     x_B, y_B = torch.randint(0, 7, (sum(sizes), 4)), rows((1,), sum(sizes))[1]
     holds(module, x_B, y_B, sizes)
+    assert not planned(module, x_B, y_B, sizes)  # no random whole numbers fit every network: left to the loop
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_exact_by_book_keeping_too(tied, size):
+    torch.manual_seed(0)
+    module = Words(tied).double()
+    x_B, y_B = torch.randint(0, 7, (4 * size, 4)), rows((1,), 4 * size)[1]
+    expected, _ = reference(module, x_B, y_B, [size] * 4, 1.0)
+    found = bookkeeping.zero_sums(list(module.parameters()))
+    plan = Plan(4, size, torch.contiguous_format, {"out": "kept"})
+    units = [slice(i * size, (i + 1) * size) for i in range(4)]
+    bookkeeping.add_clipped_sum(
+        plan, module, tasks.loss_rows, x_B, y_B, units, lambda square: engine._factors(square, 1.0), found
+    )
+    assert error(found, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -235,8 +252,8 @@ def test_the_four_families_are_exact(name, sizes, monkeypatch):
 
 
 @given(st.integers(1, 5000))
-def test_a_size_class_holds_the_size_and_at_most_half_as_much_air(size):
-    assert size <= size_class(size) <= size * 1.5 and size_class(size_class(size)) == size_class(size)
+def test_a_size_class_holds_the_size_and_less_air_than_that(size):
+    assert size <= size_class(size) < 2 * size and size_class(size_class(size)) == size_class(size)
 
 
 @given(
@@ -328,8 +345,14 @@ def test_a_network_whose_slots_differ_gets_no_plan(monkeypatch):
     plans._PLANS.update(key)
 
 
-def test_dropout_is_left_to_the_loop_and_draws_anew_for_every_unit():
-    module = nn.Sequential(nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 1)).train()
+class Drop(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU(), Drop()], ids=["dropout", "rrelu", "function"])
+def test_random_layers_are_left_to_the_loop_and_draw_anew_for_every_unit(layer):
+    module = nn.Sequential(nn.Linear(50, 50), layer, nn.Linear(50, 1)).train()
     x_B, y_B = torch.ones(2, 50), torch.ones(2)
     assert not planned(module, x_B, y_B, [1])
     torch.manual_seed(0)
@@ -337,6 +360,85 @@ def test_dropout_is_left_to_the_loop_and_draws_anew_for_every_unit():
     torch.manual_seed(0)
     second = clipped_sum(module, tasks.loss_rows, x_B, y_B, [1, 1], clip=1.0)
     assert not torch.equal(first[0], second[0])  # whoever knows the seed does not know the masks
+    state = torch.get_rng_state()
+    clipped_sum(module, tasks.loss_rows, x_B, y_B, [1, 1], clip=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+SMOOTH = [nn.Softplus(), nn.Sigmoid(), nn.SiLU(), nn.ELU(), nn.GELU(), nn.GELU("tanh"), nn.Tanh(), nn.Mish()]
+
+
+@pytest.mark.parametrize("width", [1, 3, 7, 33])
+@pytest.mark.parametrize("layer", SMOOTH, ids=repr)
+def test_elementwise_functions_leave_no_remainder_in_a_chunk(layer, width):
+    """torch computes the last numbers after its vector loop by other code, which differs in the last bit."""
+    with bookkeeping.one_thread():
+        for value in torch.linspace(-4, 4, 500):
+            x = torch.full((plans._ROWS, width), float(value), requires_grad=True)
+            y = layer(x)
+            y.sum().backward()
+            assert (y == y[0, 0]).all() and x.grad is not None and (x.grad == x.grad[0, 0]).all()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_bound_holds_for_weights_that_amplify_a_remainder(size):
+    """Weights for which the last bit of one activation decides between no gradient and one of norm C."""
+    for value in torch.linspace(-2, 2, 4000):
+        ends = nn.functional.softplus(torch.full((48 * 3,), float(value)).expand(1, -1).contiguous()[:, :33])[0]
+        if ends[0] != ends[-1]:
+            break
+    else:
+        pytest.skip("this processor computes both ends alike")
+    sign = 1.0 if ends[-1] > ends[0] else -1.0
+    first, last = nn.Linear(1, 3), nn.Linear(3, 2)
+    module = nn.Sequential(first, nn.Softplus(), last)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        first.weight.fill_(1)
+        last.weight[0, 0] = sign * 2.0**40
+        last.bias.copy_(torch.tensor([-float(ends[0]) * sign * 2.0**40, 10.0]))
+    patients = 512
+    x_B, y_B = torch.full((patients * size, 1), float(value)), torch.zeros(patients * size, dtype=torch.long)
+    x_B[:size] += 0.5 * sign  # the first one's gradient is zero, and so it moves the others' places only
+    whole = clipped_sum(module, tasks.loss_rows, x_B, y_B, [size] * patients, clip=1.0)
+    rest = clipped_sum(module, tasks.loss_rows, x_B[size:], y_B[size:], [size] * (patients - 1), clip=1.0)
+    assert math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(whole, rest, strict=True))) <= 1.0
+
+
+def test_rows_split_the_wrong_way_get_no_plan():
+    """Every layer sees as many rows as there are, but another patient's among them."""
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.roll(1, 0)
+
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Turned(), nn.Linear(4, 1))
+    x_B, y_B = rows((3,), 4, kind=torch.float32)
+    assert not planned(module, x_B, y_B, [1])
+
+
+def test_a_forward_replaced_by_its_owner_is_kept_and_left_to_the_loop():
+    module = nn.Sequential(nn.Linear(3, 1)).double()
+    line = module[0]
+    assert isinstance(line, nn.Linear)
+    line.forward = lambda x: 2 * nn.functional.linear(x, line.weight, line.bias)  # type: ignore[method-assign, assignment]
+    x_B, y_B = rows((3,), 3)
+    holds(module, x_B, y_B, [1, 2])
+    assert "forward" in vars(module[0]) and not planned(module, x_B, y_B, [1])
+
+
+def test_a_unit_is_filled_up_with_its_own_image():
+    """An image of zeros may have no finite gradient."""
+
+    class Unit(nn.Module):
+        def forward(self, x):
+            return x / x.norm(dim=1, keepdim=True)
+
+    module = nn.Sequential(nn.Linear(4, 3, bias=False), Unit(), nn.Linear(3, 1)).double()
+    x_B, y_B = rows((4,), 8)
+    holds(module, x_B, y_B, [3, 5])
+    assert planned(module, x_B, y_B, [3, 5])
 
 
 def test_forwards_are_put_back_also_after_a_failure():

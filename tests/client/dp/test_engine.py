@@ -211,7 +211,22 @@ def test_nobody_gives_zeros(which):
         assert not flat(sums).any()
 
 
-@pytest.mark.parametrize("sizes", [[1, 1], [2, 2], []])
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf"), 1e-23])
+def test_a_clipping_norm_that_cannot_be_kept_is_refused(clip):
+    network, x_B, y_B = case("cnn", 2)
+    with pytest.raises(ValueError, match="clipping norm"):
+        clipped_sum(network.module, tasks.loss_rows, x_B, y_B, [1, 1], clip=clip)
+
+
+@pytest.mark.parametrize("which", SOUND)
+def test_norms_of_half_precision_are_not_low(which):
+    module = nn.Linear(5000, 1, bias=False).bfloat16()
+    x_B = (1 + 0.01 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    sums = clipped_sum(module, lambda out, y: out[:, 0], x_B[:1], torch.zeros(1), [1], clip=1.0, engine=which)
+    assert sums[0].norm() <= 1.0
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2, 2], [], [2, -1, 2]])
 def test_sizes_that_do_not_add_up_are_refused(sizes):
     network, x_B, y_B = case("cnn", 3)
     with pytest.raises(ValueError, match="belongs to whom"):
