@@ -142,8 +142,8 @@ class Privacy(Section):
     @field_validator("clip")
     @classmethod
     def _clip(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and value <= 0:
-            raise ValueError("the clipping norm must be above 0")
+        if not isinstance(value, str) and not 1e-6 <= value <= 1e6:
+            raise ValueError("the clipping norm must lie between 1e-6 and 1e6")
         return value
 
 

@@ -124,6 +124,8 @@ def test_one_of_epsilon_and_noise():
         ("privacy.delta=nan", "privacy.delta"),
         ("privacy.clip=0", "privacy.clip"),
         ("privacy.clip=inf", "privacy.clip"),
+        ("privacy.clip=1e-7", "privacy.clip"),
+        ("privacy.clip=1e7", "privacy.clip"),
         ("privacy.target_epsilon=inf", "privacy.target_epsilon"),
         ("privacy.target_epsilon=0.009", "below 0.01"),
         ("privacy.noise_multiplier=101", "above 100"),
