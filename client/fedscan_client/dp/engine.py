@@ -28,7 +28,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from fedscan_client.dp import bookkeeping, plans
+from fedscan_client.dp import bookkeeping, plans, ways
 
 MARGIN = 1e-3
 SMALLEST = 1e-12  # clipping norm: squares of gradients far smaller vanish in float32
@@ -75,7 +75,7 @@ def clipped_sum(
     if not SMALLEST <= sensitivity(clip) <= 1 / SMALLEST:
         raise ValueError("a clipping norm that float32 gradients cannot be measured by")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    sums = bookkeeping.zero_sums(parameters)
+    sums = ways.zero_sums(parameters)
     first, units = 0, list[slice]()
     for size in sizes:
         if size:
@@ -208,7 +208,7 @@ def _add_by_loop(
             # For random layers: a seed that others may know, or a draw counted on from other units, would tie units.
             torch.manual_seed(int.from_bytes(os.urandom(8), "big"))
             gradient = _plain_gradient(module, parameters, loss_rows, x_B, y_B, unit)
-        squares = [bookkeeping.squared_norms(g.reshape(1, -1)) for g in gradient]
+        squares = [ways.squared_norms(g.reshape(1, -1)) for g in gradient]
         factor = float(_factors(torch.stack(squares).sum(0), clip))
         if factor:
             for total, found in zip(sums, gradient, strict=True):

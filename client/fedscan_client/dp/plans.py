@@ -15,18 +15,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fedscan_client.dp.bookkeeping import (
-    LossRows,
-    Plan,
-    Recorder,
-    alike,
-    clipped_pass,
-    laid_out,
-    now,
-    one_thread,
-    zero_sums,
-)
+from fedscan_client.dp.bookkeeping import LossRows, Plan, Recorder, clipped_pass, laid_out, one_thread
 from fedscan_client.dp.tape import Unsplittable
+from fedscan_client.dp.ways import alike, now, zero_sums
 
 _ROWS = 32  # of a chunk, at least and at most: see `dp.bookkeeping` on remainders
 _MOST_ROWS = 256  # of a chunk whose rows are small
