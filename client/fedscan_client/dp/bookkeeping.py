@@ -35,12 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from fedscan_client.dp.layers import attached
-from fedscan_client.dp.tape import Product, Unsplittable
+from fedscan_client.dp.tape import Product, Unsplittable, as_it_is
 from fedscan_client.dp.ways import (
     HELD,
     Finish,
     add_late,
-    as_it_is,
     contract,
     fastest,
     gram_square,

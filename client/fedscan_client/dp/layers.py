@@ -10,7 +10,7 @@ Parameter names and the state dict stay as they are, and the forwards are put ba
 its exact type: a subclass may compute something else, and goes by autograd.
 
 Assumed: dimension 0 of what enters a layer is the rows, or a multiple of them, each unit's side by side. The engine
-checks that on random data against the plain loop before it trusts a network (`dp.bookkeeping`).
+checks that on random data against the plain loop before it trusts a network (`dp.plans`).
 
 Legend: U units of K rows, B = U K rows, C channels, T positions of a row, p inputs and o outputs of a layer.
 """
@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from fedscan_client.dp.convolution import convolution
 from fedscan_client.dp.opaque import opaque
-from fedscan_client.dp.tape import Forward, Product, Tape, Unsplittable, by_unit, is_trained, through
+from fedscan_client.dp.tape import Forward, Product, Tape, Unsplittable, as_it_is, by_unit, is_trained, through
 
 _aten = torch.ops.aten
 
@@ -75,11 +75,6 @@ def _counting(forward: Forward, layer: nn.Module, tape: Tape) -> Forward:
     return counted
 
 
-def same(tensor: Tensor) -> Tensor:
-    """The tensor."""
-    return tensor
-
-
 def _linear(name: str, layer: nn.Linear, tape: Tape, anchor: Tensor) -> Forward:
     def run(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, layer.weight, layer.bias), ()
@@ -89,7 +84,9 @@ def _linear(name: str, layer: nn.Linear, tape: Tape, anchor: Tensor) -> Forward:
         if layer.weight.requires_grad:
             a_Utp = by_unit(x, tape.units).flatten(1, -2)
             shape = (a_Utp.shape[1], a_Utp.shape[2], b_Uto.shape[2])
-            tape.product(name, layer.weight, Product(a_Utp.to, b_Uto.to, shape, tape.units, x.dtype, same, same))
+            tape.product(
+                name, layer.weight, Product(a_Utp.to, b_Uto.to, shape, tape.units, x.dtype, as_it_is, as_it_is)
+            )
         if is_trained(layer.bias):
             tape.gradient(name, layer.bias, b_Uto.sum(1))
         return gradient @ layer.weight if wanted else None

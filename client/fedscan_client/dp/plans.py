@@ -88,7 +88,7 @@ def _formats(
     probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, plan: Plan
 ) -> Iterable[torch.memory_format]:
     """Memory formats to try, the better one first: channels last where the plain step gains clearly from it."""
-    if x_B.dim() not in (4, 5) or not x_B.is_floating_point():
+    if x_B.dim() not in (4, 5):
         return (torch.contiguous_format,)
     last = torch.channels_last if x_B.dim() == 4 else torch.channels_last_3d
     x, y, _ = _probe_rows(plan, x_B, y_B, same=True)

@@ -90,3 +90,8 @@ def through(layer: tuple[Forward, Forward], x: Tensor, anchor: Tensor) -> Tensor
 def is_trained(parameter: Tensor | None) -> bool:
     """Whether there is such a parameter and it is trained."""
     return parameter is not None and parameter.requires_grad
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor: a `Product`'s restore and lines where its [o, p] is the weight."""
+    return tensor

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedscan_client.dp.tape import Product, Unsplittable
+from fedscan_client.dp.tape import Product, Unsplittable, as_it_is
 
 Restore = Callable[[Tensor], Tensor]
 Finish = Callable[[Tensor, Tensor], None]  # (factors [U], total): adds the clipped sum to the float64 total
@@ -72,11 +72,6 @@ def places(product: Product, way: str) -> tuple[Callable[[Tensor], Tensor | None
 def in_place(total: Tensor) -> Tensor | None:
     """Where a sum in the parameter's own order lies in the total: all of it, if it is in that order."""
     return total if total.is_contiguous() else None
-
-
-def as_it_is(tensor: Tensor) -> Tensor:
-    """The tensor."""
-    return tensor
 
 
 def squared_norms(gradient_UP: Tensor) -> Tensor:
