@@ -6,27 +6,29 @@ what it would find out here depends on its patients, so it must keep it to itsel
 
 import csv
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedscan import partition
 from fedscan.phantom import draw_hospital
-from fedscan_client import cohort
+from fedscan_client import cohort, consent, keys
 from fedscan_client import site as sites
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.ingest import ingest
-from fedscan_client.intake.sources import TableRow, read_table
-from fedscan_client.site import Site, Source
+from fedscan_client.intake.sources.settings import Folder, Table
+from fedscan_client.intake.sources.table import TableRow, read_table
+from fedscan_client.site import Intake, Site
 from fedscan_core import accounting
 from fedscan_core.config import RunConfig, SiteRule
 from fedscan_core.errors import ConfigError, DataError, PrivacyError
 
+HOSPITALS = "hospitals"  # beside the sites: what the phantoms' PACS would hold
 PHANTOM_TRAIN_SHARE = 0.7  # what `cohort.split_of` aims at
 
 
@@ -75,7 +77,7 @@ def build(run: RunConfig, planned: Sequence[PretendSite], folder: Path, tell: Ca
         tell(number)
         site = _folder(run, pretend, folder / pretend.name)
         if run.data.source == "phantom":
-            _fill_from_phantoms(run, site, folder.parent / "hospitals" / pretend.name)
+            _fill_from_phantoms(run, site)
         else:
             _write_rows(site, pretend.rows)
         check_site(run, site, pretend.trains)
@@ -97,30 +99,20 @@ def _phantoms(run: RunConfig) -> list[PretendSite]:
     return [PretendSite(f"hospital-{n + 1}", declared) for n in range(run.simulation.sites)]
 
 
-def _fill_from_phantoms(run: RunConfig, site: Site, archive: Path) -> None:
+def _fill_from_phantoms(run: RunConfig, site: Site) -> None:
     """Draws the hospital's archive and takes it in through the door that the agent uses."""
     height, width = run.task.image_size
     draw_hospital(
-        archive,
+        site.folder.parent.parent / HOSPITALS / site.name,
         name=site.name,
         patients=run.simulation.patients,
         seed=run.train.seed,
         image_size=min(256, max(32, height, width)),
     )
     # A pretend key for pretend patients, so that the same seed deals them to the same splits.
-    key = hashlib.sha256(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
-    descriptor = os.open(site.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-    ingest(
-        archive / "dicom",
-        consent_csv=archive / "consent.csv",
-        labels_csv=archive / "labels.csv",
-        image_size=(height, width),
-        site_key=key,
-        out=site.source.folder,
-        channels=run.task.channels,
-    )
+    secret = hashlib.sha512(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
+    keys.put(site.folder, site.key, keys.SiteKey(secret[:32], secret[32:]), "key of a pretend site")
+    ingest(site)
 
 
 # ------------------------------------------------------------------------------------------------------------- table
@@ -251,14 +243,19 @@ def _natural(name: str) -> tuple[object, ...]:
 def _folder(run: RunConfig, pretend: PretendSite, folder: Path) -> Site:
     """The site's folder with its site.toml. Its lifetime budget is this run: pretend sites are made for one run."""
     budget = accounting.plan_for(run, pretend.declared) if pretend.trains and run.privacy.enabled else None
-    phantom = run.data.source == "phantom"
+    from_where: dict[str, Any] = {"source": {"source": Table(kind="table", folder=Path(str(run.data.dir)))}}
+    if run.data.source == "phantom":
+        archive = Path("..", "..", HOSPITALS, pretend.name)  # from the site's folder, so that the run can be moved
+        from_where = {
+            "source": {"source": Folder(kind="folder", folder=archive / "dicom", settle_seconds=0)},
+            # Nobody withdraws from a simulation that is gone on with months later.
+            "consent": consent.Settings(kind="register", path=archive / "consent.csv", max_age_days=36_500),
+            "intake": Intake(labels=archive / "labels.csv"),
+        }
     site = Site(
         name=pretend.name,
         patients_declared=pretend.declared,
-        source=Source(
-            kind="cache" if phantom else "table",
-            folder=folder / "cache" if phantom else Path(str(run.data.dir)),
-        ),
+        **from_where,
         policy=Policy(
             max_epsilon=budget.epsilon if budget else 0.0,
             max_delta=budget.delta if budget else 0.0,
@@ -268,7 +265,7 @@ def _folder(run: RunConfig, pretend: PretendSite, folder: Path) -> Site:
         folder=folder,
     )
     sites.save(site)
-    return site
+    return sites.load(folder)
 
 
 def _write_rows(site: Site, rows: Sequence[TableRow]) -> None:

@@ -85,12 +85,9 @@ def draw_hospital(
                 inverted = bool(phantom.maker % 2 and rng.random() < 0.3)
                 ds = instance(base, person, study, image, stored_HW, inverted)
                 ds.save_as(place / f"IM{image:04d}", enforce_file_format=True)
-    _write_csv(folder / "labels.csv", ("study_uid", "label"), labels)
-    _write_consent(
-        folder / "consent.csv",
-        [mrn(name, seed, number) for number in range(patients)],
-        as_of or date.today(),
-    )
+    write_csv(folder / "labels.csv", ("study_uid", "label"), labels)
+    numbers = [mrn(name, seed, number) for number in range(patients)]
+    write_consent(folder / "consent.csv", _consent_rows(numbers), as_of or date.today())
 
 
 def phantom_table(folder: Path, *, patients: int, sites: int, seed: int, image_size: int = 64) -> None:
@@ -128,7 +125,7 @@ def phantom_table(folder: Path, *, patients: int, sites: int, seed: int, image_s
             who = (f"P{phantom.number:05d}", site, phantom.sex, str(phantom.age))
             rows.append((file, *who, str(int(phantom.sick)), split, "AB"[phantom.maker]))
     columns = ("file", "patient_id", "site", "sex", "age", "label", "split", "maker")
-    _write_csv(folder / "metadata.csv", columns, rows)
+    write_csv(folder / "metadata.csv", columns, rows)
 
 
 def draw_patients(rng: np.random.Generator, patients: int, sickness: float, makers: int) -> Iterator[Phantom]:
@@ -211,7 +208,7 @@ def _texture(rng: np.random.Generator, size: int, slope: float) -> Grid:
     return result
 
 
-def _write_consent(path: Path, mrns: list[str], as_of: date) -> None:
+def _consent_rows(mrns: list[str]) -> list[tuple[str, str, str]]:
     """The register: of each forty patients, one is denied, one withdrew and one is not in it."""
     rows: list[tuple[str, str, str]] = []
     given, withdrawn = "2020-11-02", "2020-12-07"
@@ -224,10 +221,16 @@ def _write_consent(path: Path, mrns: list[str], as_of: date) -> None:
         rows.append((patient, "deny" if turn == 3 else "permit", given))
         if turn == 5:
             rows.append((patient, "withdrawn", withdrawn))
-    _write_csv(path, ("patient_id", "status", "date"), rows, head=f"# as-of: {as_of}\n")
+    return rows
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], head: str = "") -> None:
+def write_consent(path: Path, rows: Sequence[tuple[str, str, str]], as_of: date) -> None:
+    """A consent register: patient, status and date of each row."""
+    write_csv(path, ("patient_id", "status", "date"), rows, head=f"# as-of: {as_of}\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], head: str = "") -> None:
+    """A CSV with a first line, its columns and its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(head)

@@ -88,6 +88,7 @@ def instance(
     image: int,
     stored_HW: NDArray[np.uint16],
     inverted: bool,
+    bits: int = 12,
 ) -> Dataset:
     """One complete CR or DX instance.
 
@@ -96,8 +97,9 @@ def instance(
         person: see `Person`.
         study: running number of the study.
         image: running number of the image in it.
-        stored_HW: pixels from 0 (black) to `WHITE`.
+        stored_HW: pixels from 0 (black) to 2**bits - 1.
         inverted: store them as MONOCHROME1.
+        bits: stored of the 16 allocated.
     """
     name, number, mrn = person.hospital, person.number, person.mrn
     sop_class, modality = UID(_KINDS[person.kind][0]), _KINDS[person.kind][1]
@@ -145,15 +147,15 @@ def instance(
     private = ds.private_block(0x0011, "PHANTOM RIS", create=True)
     private.add_new(0x01, "LO", f"{base.PatientName} {mrn}")
 
-    stored_HW = stored_HW.astype("<u2")
-    center, width = (2200, 3400) if person.kind else (2048, 4096)
+    stored_HW, white = stored_HW.astype("<u2"), 2**bits - 1
+    center, width = (2200, 3400) if person.kind else (2 ** (bits - 1), 2**bits)
     ds.PhotometricInterpretation = "MONOCHROME2"
     if inverted:
-        stored_HW, center = WHITE - stored_HW, WHITE + 1 - center
+        stored_HW, center = white - stored_HW, white + 1 - center
         ds.PhotometricInterpretation = "MONOCHROME1"
     ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
     ds.Rows, ds.Columns = stored_HW.shape
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
     ds.WindowCenter, ds.WindowWidth = str(center), str(width)
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", "1", "US"
     if modality == "DX":

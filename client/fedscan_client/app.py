@@ -8,14 +8,15 @@ an admitted plan, or a constant. After a reservation the site answers with valid
 import contextlib
 import hashlib
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save
 
-from fedscan_client import cohort, evaluate, site, train
+from fedscan_client import cohort, consent, eligible, evaluate, keys, site, train
+from fedscan_client.consent import Register
 from fedscan_client.dp import engine, ledger, ledger_lock
 from fedscan_client.dp.ledger import Release
 from fedscan_client.gate import egress, guard, policy
@@ -23,7 +24,7 @@ from fedscan_client.site import Site
 from fedscan_core import accounting, config, files, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import ConfigError, FolderError, PrivacyError, RecordDamaged, WireError
+from fedscan_core.errors import ConfigError, ConsentError, FolderError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import histograms, registry
 
@@ -71,6 +72,7 @@ def _declare(here: Site, request: Request) -> Reply:
     """Permit: the plan this site would follow, from public values alone, or a refusal with its reason."""
     try:
         run, plan = _permit(here, request)
+        _register(here)
         if run.privacy.enabled:
             budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
             ledger.open_ledger(here.book, budget, here.patients_declared, here.policy.gate)
@@ -79,6 +81,9 @@ def _declare(here: Site, request: Request) -> Reply:
         return Reply(here.name, "refused", refused.reason)
     except RecordDamaged:
         raise  # names a file of the site: the server hears `failed`
+    except ConsentError as error:
+        _note(here, str(error))
+        return Reply(here.name, "refused", "this site has no consent register that can be used now")
     except (ConfigError, PrivacyError) as error:  # they depend on the request and on what the site declares only
         return Reply(here.name, "refused", str(error))
     return Reply(here.name, "ok", plan=plan)
@@ -88,11 +93,12 @@ def _train(here: Site, request: Request) -> Reply:
     run, plan = _permit(here, request)
     if not 1 <= request.round <= run.train.rounds:
         raise WireError(f"Round {request.round} is not one of the run's {run.train.rounds}.")
+    register = _register(here)  # before the reservation: a register out of date burns no round
 
     def work() -> Arrays:
         network = registry.for_run(run)
         guard.load_model(network.module, request.model)
-        patients = _cohort(here, run, "train")
+        patients = _cohort(here, run, "train", register, request.run_id)
         delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
         allowed = {n: (tuple(p.shape), "<f4") for n, p in network.module.named_parameters() if p.requires_grad}
         egress.check(delta, allowed)
@@ -109,11 +115,12 @@ def _evaluate(here: Site, request: Request) -> Reply:
     run, plan = _permit(here, request)
     if not (run.evaluation.private and run.privacy.enabled) or request.round != wire.EVALUATION_ROUND:
         raise WireError("The run has no private evaluation.")
+    register = _register(here)
 
     def work() -> Arrays:
         network = registry.for_run(run)
         guard.load_model(network.module, request.model)
-        patients = _cohort(here, run, run.evaluation.split)
+        patients = _cohort(here, run, run.evaluation.split, register, request.run_id)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)
         egress.check({"histogram": counts}, {"histogram": (histograms.shape(run), "<f8")})
         return {"histogram": counts}
@@ -123,10 +130,28 @@ def _evaluate(here: Site, request: Request) -> Reply:
     return Reply(here.name, "failed") if released is None else Reply(here.name, "ok", histogram=released["histogram"])
 
 
-def _cohort(here: Site, run: RunConfig, split: str) -> cohort.Patients:
-    patients = cohort.load_patients(here, run, split)
+def _register(here: Site) -> Register | None:
+    """The hospital's word on its patients as it is today; None at a site of phantoms or public images without one.
+
+    Raises:
+        ConsentError: it is missing, damaged or too old. That depends on the file, which is the hospital's to keep.
+    """
+    if here.consent is None or here.intake is None:
+        return None
+    key = keys.load(here.folder, here.key).project(here.intake.project)
+    return consent.load(here.consent, key, site_folder=here.folder, today=date.today())
+
+
+def _cohort(here: Site, run: RunConfig, split: str, register: Register | None, run_id: str) -> cohort.Patients:
+    """Who takes part in this round: of the patients taken in, those whom the register permits today."""
+    patients, today = cohort.load_patients(here, run, split), date.today()
     if patients.left_out:
         _note(here, f"{len(patients.left_out)} images of {split} were left out, first: {patients.left_out[0]}")
+    if register is not None:
+        patients = patients.only(
+            lambda name, until: register.decide(name.partition("/")[0]).permit and (until is None or today <= until)
+        )
+        eligible.record(here.folder, run_id, run.model.name, patients.ids)
     return patients
 
 
@@ -140,6 +165,8 @@ class Refused(Exception):
 
 def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     run = config.from_server(request.config)
+    if here.consent is None and not here.policy.research_cohort:
+        raise Refused("this site has no consent register")
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan)
     if reason is not None:

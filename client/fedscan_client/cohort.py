@@ -1,9 +1,9 @@
 """A site's consenting patients for one task, as tensors: each patient's images lie side by side.
 
-Nothing here looks across patients: pixels are scaled by their type's range, features are fixed, and labels are
-checked against the declared set. An image that cannot be used is left out and noted for the site's own eyes; it must
-not stop a round, because whether a round fails would then tell something about that patient. Shapes: N images, P
-patients.
+A stack of slices or a multi-frame object counts as that many images of its patient. Nothing here looks across patients:
+pixels are shown through a window of the run's or of the image's own, features are fixed, and labels are checked against
+the declared set. An image that cannot be used is left out and noted for the site's own eyes; it must not stop a round,
+because whether a round fails would then tell something about that patient. Shapes: N images, P patients.
 """
 
 import csv
@@ -11,8 +11,9 @@ import functools
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedscan_client.intake import pixels
+from fedscan_client import keys
+from fedscan_client.intake import cache, pictures, render
+from fedscan_client.intake.cache import Entry, Opened
 from fedscan_client.site import Site
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import DataError
@@ -41,6 +44,7 @@ class Patients:
         ids: P identifiers, as the site holds them (pseudonyms, or a research table's own).
         left_out: why images were left out, one text each. For the site's own log only.
         groups: each image's sex ("" where unknown) and age in years (None where unknown), [N]; empty: all unknown.
+        until: last day of each patient's consent, [P], None where no end was known at the intake; empty: none known.
     """
 
     inputs: Tensor
@@ -49,15 +53,34 @@ class Patients:
     ids: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     groups: tuple[tuple[str, float | None], ...] = ()
+    until: tuple[date | None, ...] = ()
 
     def __len__(self) -> int:
         """Number of patients."""
         return len(self.ids)
 
+    def only(self, keep: Callable[[str, date | None], bool]) -> "Patients":
+        """The patients for whom `keep(id, last day of consent)` holds, in the same order."""
+        until = self.until or (None,) * len(self)
+        chosen = [p for p in range(len(self)) if keep(self.ids[p], until[p])]
+        if len(chosen) == len(self):
+            return self
+        sizes = np.diff(self.offsets)[chosen]
+        rows = np.concatenate([np.arange(self.offsets[p], self.offsets[p + 1]) for p in chosen] or [np.zeros(0, int)])
+        return replace(
+            self,
+            inputs=self.inputs[torch.from_numpy(rows)],
+            targets=self.targets[torch.from_numpy(rows)],
+            offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            ids=tuple(self.ids[p] for p in chosen),
+            groups=tuple(self.groups[row] for row in rows) if self.groups else (),
+            until=tuple(until[p] for p in chosen),
+        )
+
 
 @dataclass(frozen=True)
 class Image:
-    """One image before it is an input: who, what, and how to get the pixels."""
+    """One image, or one stack, before it is an input: who, what, and how to get the pixels [Z, C, H, W]."""
 
     patient: str
     label: str
@@ -65,6 +88,7 @@ class Image:
     sex: str
     age: float | None
     load: functools.partial[np.ndarray]
+    until: date | None = None
 
 
 def label_index(text: str, labels: Sequence[str]) -> int:
@@ -88,18 +112,26 @@ def label_index(text: str, labels: Sequence[str]) -> int:
 
 
 def load_patients(site: Site, run: RunConfig, split: str) -> Patients:
-    """The site's patients of one split, decoded and turned into inputs once per process.
+    """The site's patients of one split, decoded and turned into inputs once, and again when its images changed.
 
     Raises:
         DataError: the cohort as a whole cannot be read. Its text may name a file: it stays inside the site.
+        SiteKeyError: the site's key cannot be had, or is not the cache's.
     """
-    key = json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit])
-    return _load(site.folder, site.source.kind, site.source.folder, split, key)
+    what = (site.folder, split, json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit]))
+    state = "" if site.table is not None else cache.state_digest(site.cache)
+    known = _MEMORY.get(what)
+    if known is None or known[0] != state:  # what was withdrawn leaves the memory too
+        _MEMORY[what] = known = (state, _load(site, run, split))
+    return known[1]
+
+
+_MEMORY: dict[tuple[Path, str, str], tuple[str, Patients]] = {}
 
 
 def forget() -> None:
     """Drops everything that `load_patients` keeps in memory."""
-    _load.cache_clear()
+    _MEMORY.clear()
 
 
 def split_of(key: bytes, patient: str) -> str:
@@ -109,39 +141,36 @@ def split_of(key: bytes, patient: str) -> str:
     return "train" if share < 0.7 else "val" if share < 0.8 else "test"
 
 
-def images_of(
-    site_folder: Path, kind: str, folder: Path, size: tuple[int, int], channels: Literal[1, 3]
-) -> tuple[list[Image], list[str]]:
-    """Every image of the site, undecoded where the source allows it, and why patients were left out whole."""
-    if kind == "table":
-        with (site_folder / TABLE).open(newline="", encoding="utf-8") as file:
-            return [
-                Image(
-                    row["patient_id"],
-                    row["label"],
-                    row["split"],
-                    (row.get("sex") or "").strip().upper(),
-                    _age(row.get("age") or ""),
-                    functools.partial(_row_image, folder / row["file"], row["index"], size=size, channels=channels),
-                )
-                for row in csv.DictReader(file)
-            ], []
-    from fedscan_client.intake import cache, ingest
-
-    key = (site_folder / "key").read_bytes()
+def images_of(site: Site, run: RunConfig) -> tuple[list[Image], list[str]]:
+    """Every image of the site, undecoded, and why patients were left out whole."""
+    if site.table is not None:
+        return list(_of_table(site, site.table, run)), []
+    key = keys.load(site.folder, site.key)
     images: list[Image] = []
     left_out: list[str] = []
-    for name in cache.patients(folder):
+    for name in cache.patients(site.cache):
         try:
-            records = ingest.patient_records(folder, key, name)
-        except Exception as error:  # one spoilt file must not stop the others: see the module's docstring
+            opened = cache.open_patient(site.cache, key, name)
+        except cache.Damaged as error:  # one spoilt file must not stop the others: see the module's docstring
             left_out.append(f"{type(error).__name__}: {error}")
             continue
-        for record in records:
-            load = functools.partial(_cached_image, record.image, (channels, *size))
-            where = record.split or split_of(key, record.patient)
-            images.append(Image(record.patient, record.label, where, record.sex, record.age, load))
+        where = split_of(key.names, name)
+        for entry in opened.patient.entries:
+            if run.task.modality in ("", entry.modality):
+                load = functools.partial(_rendered, opened, entry, run)
+                split, until = entry.split or where, opened.patient.consent_until
+                images.append(Image(name, entry.label, split, entry.sex, entry.age, load, until))
     return images, left_out
+
+
+def _of_table(site: Site, folder: Path, run: RunConfig) -> Iterator[Image]:
+    size = (run.task.image_size[0], run.task.image_size[1])
+    with (site.folder / TABLE).open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            path = folder / row["file"]
+            load = functools.partial(_row_image, path, row["index"], size=size, channels=run.task.channels)
+            sex, age = (row.get("sex") or "").strip().upper(), _age(row.get("age") or "")
+            yield Image(row["patient_id"], row["label"], row["split"], sex, age, load)
 
 
 def _age(text: str) -> float | None:
@@ -152,10 +181,9 @@ def _age(text: str) -> float | None:
         return None
 
 
-def _cached_image(image_CHW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if image_CHW.shape != shape:
-        raise DataError(f"An image was cached as {image_CHW.shape}, the run wants {shape}.", remedy="Ingest again.")
-    return image_CHW
+def _rendered(opened: Opened, entry: Entry, run: RunConfig) -> np.ndarray:
+    size = (run.task.image_size[0], run.task.image_size[1])
+    return render.render(opened.volume(entry), window=run.task.window, size=size, channels=run.task.channels)
 
 
 def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Literal[1, 3]) -> np.ndarray:
@@ -164,15 +192,11 @@ def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Liter
         number = int(index) if index else None
     except ValueError:
         raise DataError(f"{path.name}: the index '{index}' is no number.", remedy="Correct the table.") from None
-    return pixels.load_image(path, number, size=size, channels=channels)
+    return pictures.load_image(path, number, size=size, channels=channels)[None]
 
 
-@functools.lru_cache(maxsize=4096)
-def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> Patients:
-    task, model_name, unit = json.loads(key)
-    run = RunConfig.model_validate({"task": task, "model": {"name": model_name}})
-    size = (run.task.image_size[0], run.task.image_size[1])
-    found, left_out = images_of(site_folder, kind, folder, size, run.task.channels)
+def _load(site: Site, run: RunConfig, split: str) -> Patients:
+    found, left_out = images_of(site, run)
     images = [image for image in found if image.split == split]
     images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
     features = registry.for_run(run).features
@@ -180,24 +204,34 @@ def _load(site_folder: Path, kind: str, folder: Path, split: str, key: str) -> P
     names: list[str] = []
     targets: list[int] = []
     groups: list[tuple[str, float | None]] = []
+    until: list[date | None] = []
     for number, image in enumerate(images):
         try:
-            target, x_BCHW = label_index(image.label, run.task.labels), torch.from_numpy(image.load()[None])
+            target, x_BCHW = label_index(image.label, run.task.labels), torch.from_numpy(image.load())
             # One image at a time: in a batch its features could depend, in the last bits, on whose images are beside
             # it, and weights made for it could blow that up.
             with torch.no_grad():
-                rows.append(features(x_BCHW) if features else x_BCHW)
+                made = [features(x_BCHW[i : i + 1]) if features else x_BCHW[i : i + 1] for i in range(len(x_BCHW))]
         except Exception as error:  # decoders raise many kinds on damaged files
             left_out.append(f"{type(error).__name__}: {error}")
             continue
-        names.append(f"{image.patient}/{number}" if unit == "image" else image.patient)
-        targets.append(target)
-        groups.append((image.sex, image.age))
+        for row in made:
+            rows.append(row)
+            # Every slice a unit of its own where images are protected instead of patients.
+            names.append(f"{image.patient}/{number}.{len(rows)}" if run.privacy.unit == "image" else image.patient)
+            targets.append(target)
+            groups.append((image.sex, image.age))
+            until.append(image.until)
     inputs = torch.cat(rows) if rows else torch.zeros(0)
     starts = [0] if names else []
     starts += [i for i in range(1, len(names)) if names[i] != names[i - 1]]
     offsets = np.array([*starts, len(names)], dtype=np.int64)
-    ids = tuple(names[start] for start in starts)
     return Patients(
-        inputs, torch.tensor(targets, dtype=torch.int64), offsets, ids, tuple(left_out), groups=tuple(groups)
+        inputs,
+        torch.tensor(targets, dtype=torch.int64),
+        offsets,
+        ids=tuple(names[start] for start in starts),
+        left_out=tuple(left_out),
+        groups=tuple(groups),
+        until=tuple(until[start] for start in starts),
     )

@@ -1,10 +1,15 @@
 """A site: its folder, its `site.toml`, and what it declares in public.
 
-    FOLDER/site.toml       name, declared cohort size, where its images are, the hospital's policy
+    FOLDER/site.toml       name, declared cohort size, source of the images, consent, labels, the hospital's policy
            cohort.csv      source "table": the rows of this site
-           cache/ key      source "cache": what `intake.ingest` wrote, and the key (0600)
+           key             the site's key, where it is kept in a file (0600)
+           cache/          its consenting patients' images, encrypted: what `intake.ingest` writes
+           spool/          what came over the network, encrypted
+           intake.sqlite   what the intake has seen; quarantine.sqlite: what waits for a person; withdrawals.jsonl
+           intake.jsonl    what was done to keys, cache and quarantine, without identifiers
            ledger.sqlite   what has been spent, for ever
            ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
+           eligible.sqlite which patients were eligible in which run
            outbox/         the last noisy answer, kept until the next one is there
            released.jsonl  what left, by hash
            site.log        everything that may depend on patients: never leaves
@@ -13,42 +18,90 @@ A pretend site of a simulation and a deployed one are the same thing to every li
 """
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedscan_client import consent as consents
+from fedscan_client import keys
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
+from fedscan_client.intake.rules import QuarantineSettings
+from fedscan_client.intake.sources import settings as sources
+from fedscan_client.intake.sources.settings import Source
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
 
 FILE = "site.toml"
 
 
-class Source(BaseModel):
-    """Where the site's cohort is read from: `folder` holds images (table) or the encrypted cache (cache)."""
+class Intake(BaseModel):
+    """Section [intake]: how images become a cohort.
+
+    Attributes:
+        labels: the label table, see `intake.labels`.
+        project: pseudonyms of two projects cannot be linked. Another name makes other patients: ingest anew.
+        issuer: who gave out the patient ids of headers that do not say (Issuer of Patient ID), "" for nobody.
+        gpl_decoders: use pylibjpeg-libjpeg (GPL) where it is installed, for 12-bit JPEG.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Literal["table", "cache"]
-    folder: Path
+    labels: Path
+    project: str = Field(default="fedscan", min_length=1)
+    issuer: str = ""
+    gpl_decoders: bool = False
 
 
 class Site(BaseModel):
     """One hospital. `patients_declared` is typed by a person and constant for the ledger.
 
     `counter` is the file that notices an older copy of the ledger; on another disk than the folder it outlives a
-    restored backup. Default: FOLDER/ledger.counter.
+    restored backup. Default: FOLDER/ledger.counter. `source` is one section or several with names of their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(pattern=NAME_PATTERN)
     patients_declared: int = Field(ge=0)
-    source: Source
+    source: Mapping[str, Source]
     policy: Policy
+    consent: consents.Settings | None = None
+    intake: Intake | None = None
+    quarantine: QuarantineSettings = QuarantineSettings()
+    key: keys.Settings = keys.Settings()
     counter: Path | None = None
     folder: Path = Field(exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources(cls, tree: Any) -> Any:
+        source = tree.get("source")
+        if isinstance(source, Mapping) and not any(isinstance(value, BaseModel) for value in source.values()):
+            return {**tree, "source": sources.parse(source, Path(tree["folder"]))}
+        return tree
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if any(it.kind == "table" for it in self.source.values()) and len(self.source) > 1:
+            raise ValueError("a source of kind 'table' stands alone")
+        return self
+
+    @property
+    def table(self) -> Path | None:
+        """The folder of the images, where the cohort is a research table; else the cohort is what the cache holds."""
+        return next((it.folder for it in self.source.values() if it.kind == "table"), None)
+
+    @property
+    def cache(self) -> Path:
+        """The encrypted cache."""
+        return self.folder / "cache"
+
+    @property
+    def spool(self) -> Path:
+        """What came over the network."""
+        return self.folder / "spool"
 
     @property
     def ledger(self) -> Path:
@@ -62,16 +115,17 @@ class Site(BaseModel):
 
 
 def load(folder: Path) -> Site:
-    """Reads FOLDER/site.toml.
+    """Reads FOLDER/site.toml; FOLDER may be the path of that file itself.
 
     Raises:
         ConfigError: missing, not TOML, or a wrong key or value.
     """
+    folder = folder.parent if folder.name == FILE else folder
     path = folder / FILE
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         return Site.model_validate({**tree, "folder": folder})
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", remedy="A site's folder holds a site.toml.") from None
     except ValidationError as error:
         item = error.errors()[0]
@@ -81,5 +135,8 @@ def load(folder: Path) -> Site:
 
 def save(site: Site) -> None:
     """Writes FOLDER/site.toml."""
+    tree = site.model_dump(mode="json", exclude_none=True)
+    if list(tree["source"]) == ["source"]:  # the only one
+        tree["source"] = tree["source"]["source"]
     site.folder.mkdir(parents=True, exist_ok=True)
-    (site.folder / FILE).write_text(tomli_w.dumps(site.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    (site.folder / FILE).write_text(tomli_w.dumps(tree), encoding="utf-8")

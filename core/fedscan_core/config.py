@@ -51,7 +51,12 @@ class Task(Section):
         description="Pixels the model sees: [height, width]; one number is a square.",
     )
     channels: Literal[1, 3] = Field(1, description="1 = grey, 3 = colour. Images are converted.")
-    modality: str = Field("", description="DICOM modality the task is meant for (CR, DX, CT, ...); informative.")
+    modality: str = Field("", description="DICOM modality the task is meant for: DX, CT, ...; \"\" = whatever there is.")
+    window: Literal["header", "full"] | tuple[float, float] = Field(
+        "header",
+        description='Grey values shown, DICOM only: "header" = the image\'s own window; "full" = its smallest to its '
+        "largest value; [center, width] in its units, such as [-600, 1500] HU for lungs.",
+    )
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -63,6 +68,13 @@ class Task(Section):
     def _size_range(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(not 16 <= side <= 4096 for side in value):
             raise ValueError("each side must lie between 16 and 4096 pixels")
+        return value
+
+    @field_validator("window")
+    @classmethod
+    def _wide(cls, value: str | tuple[float, float]) -> str | tuple[float, float]:
+        if not isinstance(value, str) and not value[1] >= 1:
+            raise ValueError("a window is at least 1 wide")
         return value
 
     @field_validator("labels")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fedscan_client.cohort import COLUMNS, TABLE, Patients, forget
 from fedscan_client.gate.policy import Policy
-from fedscan_client.site import Site, Source
+from fedscan_client.intake.sources.settings import Table
+from fedscan_client.site import Site
 from fedscan_client.site import save as save_site
 from fedscan_core.config import RunConfig
 
@@ -54,7 +55,7 @@ def _make_site(folder: Path, *, rows: Sequence[Row] | None = None, name: str = "
             Image.fromarray(pixels).save(pictures / f"canary-file-{seed}.png")
             table.writerow([f"canary-file-{seed}.png", "", patient, label, split, "", ""])
     given: dict[str, Any] = {"max_epsilon": 100.0, "max_delta": 1e-3, "research_cohort": True, **policy}
-    source = Source(kind="table", folder=pictures)
+    source = {"source": Table(kind="table", folder=pictures)}
     site = Site(name=name, patients_declared=20, source=source, policy=Policy(**given), folder=folder)
     save_site(site)
     return site

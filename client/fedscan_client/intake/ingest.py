@@ -1,296 +1,151 @@
-"""The intake as one function: source -> consent -> deid -> pixels -> cache.
+"""The intake as one function: source -> consent -> kind and quarantine -> de-identification -> pixels -> cache.
 
-Two passes. The first reads headers only and writes down who is in which file. The second goes
-patient by
-patient: is the patient cleared? does the image have a label? only then are its pixels touched. So
-memory holds one patient, and pixels of somebody who did not consent are never decoded.
+Two passes. The first reads headers only and writes down, as keyed HMACs, who is in which object (`scan`, `index`). The
+second goes patient by patient and series by series: is the patient cleared? may an image of this kind pass? has it a
+label? only then are pixels touched (`series`). So memory holds one series, and pixels of somebody who did not consent
+are never decoded.
 
-After it the cache holds exactly the patients accepted by this run: whoever withdrew, or is gone
-from the source, is destroyed. The same input again changes nothing.
-
-Labels are a CSV with one or more of the columns sop_uid, accession, study_uid (the most specific
-one that matches counts), the column label, and optionally split.
+After it the cache holds exactly the patients accepted by this run: whoever withdrew, or is gone from the source, is
+destroyed. The same input again reads nothing again and changes nothing; an interrupted run goes on where it was.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
 
-import numpy as np
-from numpy.typing import NDArray
-from pydicom.dataset import Dataset
+from fedscan_client import consent, keys
+from fedscan_client.consent import NoPermit, Register
+from fedscan_client.intake import cache, index, labels, objects, series
+from fedscan_client.intake.index import Row
+from fedscan_client.intake.labels import one_split
+from fedscan_client.intake.report import Counts, Report, Tallies
+from fedscan_client.intake.scan import scan
+from fedscan_client.intake.series import Piece, Work
+from fedscan_client.site import Site
+from fedscan_core import auditlog
+from fedscan_core.errors import ConfigError, DataError
 
-from fedscan_client.intake import cache, headers
-from fedscan_client.intake.consent import read_register
-from fedscan_client.intake.deid import deidentify, pseudonym
-from fedscan_client.intake.pixels import Channels, dicom_image
-from fedscan_client.intake.records import SPLITS, Record, Refused
-from fedscan_client.intake.sources import dicom_files, parse_rows, read_instance, read_text
-from fedscan_core.errors import DataError
+LOG = "intake.jsonl"
+# Skipped for one of these, an object may still be in the source: then nobody is destroyed for being gone from it.
+_UNSURE = ("still_writing", "unreadable", "zip_damaged")
 
-_IDENTITY = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-_LABEL_KEYS = ("sop_uid", "accession", "study_uid")  # most specific first
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What one run of the intake did; for the hospital's own eyes: exact counts never leave.
-
-    Every file found is in exactly one of accepted, no_consent, unlabelled, unreadable and refused.
-
-    Attributes:
-        files: regular files found below the source folder.
-        patients, studies, series: distinct ones among the files whose header gave their identity.
-        accepted: images now in the cache.
-        cached: patients now in the cache.
-        no_consent: images of patients whom the register does not permit.
-        unlabelled: images of cleared patients without a label.
-        unreadable: files that are not DICOM.
-        refused: reason (see `records.REASONS`) -> images set aside for it.
-        destroyed: patients removed from the cache by this run.
-    """
-
-    files: int
-    patients: int
-    studies: int
-    series: int
-    accepted: int
-    cached: int
-    no_consent: int
-    unlabelled: int
-    unreadable: int
-    refused: Mapping[str, int]
-    destroyed: int
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One file of the header pass."""
-
-    path: Path
-    patient: str
-    study: str
-    series: str
-    instance: str
-    accession: str
+Tell = Callable[[str, int, int | None], None]
 
 
 def ingest(
-    source_dir: Path,
-    *,
-    consent_csv: Path,
-    labels_csv: Path,
-    image_size: tuple[int, int],
-    site_key: bytes,
-    out: Path,
-    channels: Channels = 1,
-    as_of: date | None = None,
-    max_age_days: int = 30,
-) -> IngestReport:
-    """Takes the DICOM files of a folder into the encrypted cache.
+    site: Site, *, dry_run: bool = False, today: date | None = None, tell: Tell = lambda what, done, of: None
+) -> Report:
+    """Takes the images of a site into its encrypted cache.
 
     Args:
-        source_dir: folder with DICOM files, any depth and names.
-        consent_csv: the consent register, see `consent.read_register`.
-        labels_csv: see the module's docstring.
-        image_size: (rows, columns) of the cached images.
-        site_key: the site's secret, at least 32 bytes; makes pseudonyms and protects the cache.
-        out: the cache folder, see `cache`.
-        channels: 1 or 3.
-        as_of: the day for which consent is asked, default today.
-        max_age_days: how old the consent register may be.
+        site: from site.toml, with [source], [consent] and [intake].
+        dry_run: only headers are read, and nothing is written or destroyed.
+        today: the day for which consent is asked, default today.
+        tell: progress: "headers" or "patients", how many are done, of how many (None: not known yet).
 
     Raises:
-        ConsentError: no usable register; nothing was read.
-        DataError: no usable labels, no file in the source, a cache of another key, or a key that is
-            too short.
+        ConfigError: site.toml does not say where labels or consent are.
+        ConsentError: no usable consent register; nothing was read.
+        DataError: no usable labels, nothing in the source, or a site key that is not the cache's.
     """
-    register = read_register(consent_csv, as_of=as_of or date.today(), max_age_days=max_age_days)
-    cleared = {pseudonym(site_key, "pid", patient) for patient in register.permitted}
-    # Withdrawals first: whatever happens later in this run, they have been honoured.
-    destroyed = sum(cache.destroy_patient(out, name) for name in cache.patients(out) if name not in cleared)
-    labels = _read_labels(labels_csv)
-
-    counts: Counter[str] = Counter()
-    refused: Counter[str] = Counter()
-    by_patient, clashing = _index(source_dir, refused)
-    files = sum(map(len, by_patient.values())) + refused.total()
-    if not files:
-        raise DataError(f"The image folder {source_dir} is empty.", remedy="Check that the share is mounted.")
-
-    accepted: set[str] = set()
-    for patient, entries in sorted(by_patient.items()):
-        if not register.permits(patient):
-            counts["no_consent"] += len(entries)
-            continue
-        images: dict[str, tuple[dict[str, Any], NDArray[np.float32]]] = {}
-        seen: set[str] = set()
-        for entry in entries:
-            label = next((found for name in _names(entry) if (found := labels.get(name))), None)
-            if label is None:
-                counts["unlabelled"] += 1
-                continue
-            try:
-                if clashing & _uids(entry):
-                    raise Refused("uid_on_two_patients")
-                if entry.instance in seen:
-                    raise Refused("duplicate")
-                clean = _read_clean(entry, site_key)
-                image = dicom_image(clean, image_size, channels)
-            except Refused as reason:
-                refused[reason.reason] += 1
-                continue
-            seen.add(entry.instance)
-            images[clean.SOPInstanceUID] = (_meta(clean, *label), image)
-        if images:
-            name = pseudonym(site_key, "pid", patient)
-            cache.write_patient(out, site_key, name, _payload(images, patient))
-            counts["accepted"] += len(images)
-            accepted.add(name)
-    destroyed += sum(cache.destroy_patient(out, name) for name in cache.patients(out) if name not in accepted)
-
-    entries_all = [entry for entries in by_patient.values() for entry in entries]
-    return IngestReport(
-        files=files,
-        patients=len(by_patient),
-        studies=len({entry.study for entry in entries_all}),
-        series=len({entry.series for entry in entries_all}),
-        accepted=counts["accepted"],
-        cached=len(accepted),
-        no_consent=counts["no_consent"],
-        unlabelled=counts["unlabelled"],
-        unreadable=refused.pop("not_dicom", 0),
-        refused=dict(sorted(refused.items())),
-        destroyed=destroyed,
-    )
-
-
-def load_cohort_records(out: Path, key: bytes) -> list[Record]:
-    """All images in the cache, patients in the order of their pseudonyms.
-
-    Args:
-        out: the cache folder.
-        key: the site key with which it was written.
-
-    Raises:
-        DataError: there is no cache, the key is another, a file was altered, or image sizes are
-            mixed.
-    """
-    records = [record for name in cache.patients(out) for record in patient_records(out, key, name)]
-    if not records:
-        raise DataError(f"There is no cached patient in {out}.", remedy="Ingest the hospital's images first.")
-    if len({record.image.shape for record in records}) > 1:
-        raise DataError(f"The cache {out} holds images of several sizes.", remedy="Ingest again.")
-    return records
-
-
-def patient_records(out: Path, key: bytes, name: str) -> list[Record]:
-    """One cached patient's images.
-
-    Raises:
-        DataError: not in the cache, another key, or a file that was altered.
-    """
-    payload = cache.read_patient(out, key, name)
-    return [
-        Record(name, meta["label"], meta["split"], meta["sex"], meta["age"], meta["group"], image)
-        for meta, image in zip(payload.meta, payload.arrays["images"], strict=True)
-    ]
-
-
-def _index(source_dir: Path, refused: Counter[str]) -> tuple[dict[str, list[_Entry]], frozenset[str]]:
-    """Header pass: files by hospital patient id, and the UIDs that more than one patient claims."""
-    by_patient: dict[str, list[_Entry]] = defaultdict(list)
-    owners: dict[str, set[str]] = defaultdict(set)
-    for path in dicom_files(source_dir):
-        try:
-            entry = _entry(
-                path,
-                read_instance(path, tags=(*_IDENTITY, "AccessionNumber", "SpecificCharacterSet")),
-            )
-        except Refused as reason:
-            refused[reason.reason] += 1
-            continue
-        by_patient[entry.patient].append(entry)
-        for uid in _uids(entry):
-            owners[uid].add(entry.patient)
-    return by_patient, frozenset(uid for uid, patients in owners.items() if len(patients) > 1)
-
-
-def _entry(path: Path, ds: Dataset) -> _Entry:
-    patient, study, series, instance = (headers.identifier(ds, keyword) for keyword in _IDENTITY)
-    accession = headers.value(ds, "AccessionNumber")
-    text = accession.strip() if isinstance(accession, str) else ""
-    return _Entry(path, patient, study, series, instance, text)
-
-
-def _uids(entry: _Entry) -> set[str]:
-    return {entry.study, entry.series, entry.instance}
-
-
-def _names(entry: _Entry) -> list[tuple[str, str]]:
-    """The names under which an image may stand in the label table, most specific first."""
-    return list(zip(_LABEL_KEYS, (entry.instance, entry.accession, entry.study), strict=True))
-
-
-def _read_clean(entry: _Entry, key: bytes) -> Dataset:
-    """Reads a file whole and de-identifies it, if it is still about the patient asked for."""
-    ds = read_instance(entry.path)
-    if _entry(entry.path, ds) != entry:
-        raise Refused("changed")
-    return deidentify(ds, key)
-
-
-def _meta(clean: Dataset, label: str, split: str) -> dict[str, Any]:
-    """What is kept beside the pixels; from the de-identified dataset only."""
-    age = clean.get("PatientAge")
-    return {
-        "label": label,
-        "split": split,
-        "sex": clean.get("PatientSex", ""),
-        "age": int(age[:3]) if age else None,
-        "group": {
-            "manufacturer": clean.get("Manufacturer", ""),
-            "modality": clean.get("Modality", ""),
-        },
-    }
-
-
-def _payload(images: dict[str, tuple[dict[str, Any], NDArray[np.float32]]], patient: str) -> cache.Payload:
-    """One patient's images in the order of their pseudonymous UIDs, which hides that in time."""
-    ordered = [images[uid] for uid in sorted(images)]
-    if len({meta["split"] for meta, _ in ordered}) > 1:
-        raise DataError(
-            f"The label table puts patient {patient!r} into two splits.",
-            remedy="Split by patient, not by image.",
+    if site.intake is None or site.consent is None:
+        raise ConfigError(
+            f"{site.folder / 'site.toml'} has no [intake] or no [consent].",
+            remedy="Say where the label table and the consent register are.",
         )
-    return cache.Payload({"images": np.stack([image for _, image in ordered])}, [meta for meta, _ in ordered])
+    today = today or date.today()
+    key = keys.load(site.folder, site.key)
+    names = key.project(site.intake.project)
+    register = consent.load(site.consent, names, site_folder=site.folder, today=today)
+    # Withdrawals first: whatever happens later in this run, they have been honoured.
+    out = [name for name in cache.patients(site.cache) if not register.decide(name).permit]
+    destroyed = 0 if dry_run else sum(objects.destroy(site, name) for name in out)
+    table = labels.read(site.folder / site.intake.labels, names)
+
+    tallies, accepted, skipped = Tallies(), set[str](), Counter[str]()
+    with index.opened(site.folder, key.wrapping, dry=dry_run) as seen:
+        found = objects.found(site, key, skipped)
+        scan(found, seen, key=names, issuer=site.intake.issuer, tell=lambda done: tell("headers", done, None))
+        whole = not any(skipped[reason] for reason in _UNSURE)
+        if whole:
+            seen.sweep()
+        if not seen.count():
+            raise DataError("The source holds nothing.", remedy="Check that the share is mounted, or pull first.")
+        tallies.headers(seen.reasons())
+        work = Work(site, key, names, seen, table, dry_run)
+        everybody = seen.patients()
+        for number, name in enumerate(everybody):
+            tell("patients", number, len(everybody))
+            if _patient(work, name, register, today, tallies):
+                accepted.add(name)
+        tell("patients", len(everybody), len(everybody))
+        total = seen.count()
+    if not dry_run and whole:
+        destroyed += sum(objects.destroy(site, name) for name in cache.patients(site.cache) if name not in accepted)
+    report = Report(
+        dry=dry_run,
+        objects=total,
+        skipped=dict(skipped),
+        patients=len(everybody),
+        lines=tallies.lines(),
+        cached_patients=len(cache.patients(site.cache)),
+        destroyed=destroyed,
+        read=work.read["instances"],
+    )
+    if not dry_run:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        told = {"objects": report.objects, "accepted": report.instances("accepted"), "destroyed": destroyed}
+        with auditlog.exclusive(site.folder / LOG):
+            auditlog.append(site.folder / LOG, {"utc": now, "what": "ingest", "key": key.key_id, **told})
+    return report
 
 
-def _read_labels(path: Path) -> dict[tuple[str, str], tuple[str, str]]:
-    """(column, value) -> (label, split)."""
-    labels: dict[tuple[str, str], tuple[str, str]] = {}
-    for line, row in parse_rows(read_text(path), path.name, ("label",)):
-        names = [(column, row[column]) for column in _LABEL_KEYS if row.get(column)]
-        if not names:
-            raise DataError(
-                f"Line {line} of {path.name} does not say which image or study it labels.",
-                remedy=f"Fill in one of the columns {', '.join(_LABEL_KEYS)}.",
-            )
-        label, split = row["label"], row.get("split", "")
-        if not label or split not in ("", *SPLITS):
-            raise DataError(
-                f"Line {line} of {path.name} has no label, or a split not train, val or test.",
-                remedy="Correct the line, or remove it.",
-            )
-        # The most specific name of the row is the one it labels.
-        if labels.setdefault(names[0], (label, split)) != (label, split):
-            raise DataError(
-                f"Line {line} of {path.name} contradicts an earlier line on the same study.",
-                remedy="Keep one line for each.",
-            )
-    if not labels:
-        raise DataError(f"{path.name} has no rows.", remedy="Add one row for each labelled study.")
-    return labels
+def _patient(work: Work, name: str, register: Register, today: date, tallies: Tallies) -> bool:
+    """One patient from consent to cache; says whether an image of theirs is (or, dry, would be) in the cache."""
+    site, everything = work.site, list(work.index.series(name))
+    reason, until, basis = _cleared(work, name, everything[0][1][0], register, today)
+    if reason:
+        tallies.patient(
+            {(rows[0].header.study, uid): Counter({("no consent", reason): len(rows)}) for uid, rows in everything}
+        )
+        if not work.dry:
+            objects.destroy(site, name)
+            objects.drop_spooled(site, [row for _, rows in everything for row in rows])
+        return False
+
+    counted: dict[tuple[str, str], Counts] = {}
+    labelled = [label for _, rows in everything for row in rows if (label := work.labels.of(row.header))]
+    split = one_split(labelled) if labelled else ""
+    known = work.known(name)
+    clashing = work.index.clashing(name)
+
+    def pieces() -> Iterator[Piece]:
+        for uid, rows in everything:
+            counts: Counts = Counter()
+            yield from series.pieces(work, name, uid, rows, clashing=clashing, known=known, split=split, counts=counts)
+            counted[rows[0].header.study, uid] = counts
+
+    if work.dry:
+        some = any([True for _ in pieces()]) or any(counts["accepted", ""] for counts in counted.values())
+    else:
+        some = cache.write_patient(
+            site.cache, work.key, name, pieces(), consent_until=until, basis=basis
+        )
+    tallies.patient(counted)
+    return some
+
+
+def _cleared(work: Work, name: str, row: Row, register: Register, today: date) -> tuple[str, date | None, str]:
+    """Why the patient is not cleared ("" if they are), the last day on which they are, and on what basis."""
+    assert work.site.consent is not None
+    decision = register.decide(name)
+    if not decision.permit:
+        return decision.reason, None, decision.basis
+    try:
+        born = series.born(work, row) if decision.by_guardian else None
+        until = consent.until(decision, born, work.site.consent)
+    except NoPermit as error:
+        return error.reason, None, decision.basis
+    if until is not None and until < today:
+        return "guardian_ended" if decision.by_guardian else "expired", until, decision.basis
+    return "", until, decision.basis

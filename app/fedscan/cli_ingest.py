@@ -1,0 +1,127 @@
+"""`fedscan agent ingest` and its table."""
+
+import argparse
+import json
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedscan_client.intake.report import Report
+    from fedscan_client.site import Site
+
+_INGEST = """\
+Takes the hospital's images into the encrypted cohort: source, consent, de-identification, pixels, cache. Only patients
+whom the consent register permits are read; only what is new or changed since the last run is read again; whoever
+withdrew, or is gone from the source, is destroyed. Stop it whenever you like: the next run goes on.
+
+  fedscan agent ingest /srv/fedscan/site --dry-run      what would happen, and a sample of headers before and after
+  fedscan agent ingest /srv/fedscan/site
+  fedscan agent ingest /srv/fedscan/site --json > today.json
+
+SITE is the site's folder or its site.toml, which has the sections [source], [consent] and [intake]. A PACS that is
+asked (dicomweb, dimse-get, dimse-move) is asked first; --no-pull takes only what the spool holds already.
+
+The counts are for the hospital's own eyes. Exit code 0: done, whatever was set aside; 2: nothing was read."""
+
+
+def add(agent: "argparse._SubParsersAction[Any]") -> None:
+    """Adds the command below `fedscan agent`."""
+    parser = agent.add_parser(
+        "ingest",
+        help="images into the encrypted cohort",
+        description=_INGEST,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("site", metavar="SITE", type=Path, nargs="?", default=Path("."), help="default: this folder")
+    parser.add_argument("--dry-run", action="store_true", help="read headers only; write and destroy nothing")
+    parser.add_argument("--sample", metavar="N", type=int, default=1, help="headers shown by --dry-run (%(default)s)")
+    parser.add_argument("--no-pull", action="store_true", help="do not ask the PACS first")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
+    parser.set_defaults(command=_ingest)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    from fedscan_client import site as sites
+    from fedscan_client.intake import ingest
+
+    here = sites.load(arguments.site)
+    notes = Console(stderr=True, highlight=False)
+    if not (arguments.dry_run or arguments.no_pull):
+        _pull(here, notes)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, of: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done, total=of)
+
+        report = ingest.ingest(here, dry_run=arguments.dry_run, tell=tell)
+    out = Console(highlight=False)
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=2))
+    else:
+        show(here, report, out)
+        if arguments.dry_run and arguments.sample:
+            _samples(here, arguments.sample, out)
+    return 0
+
+
+def show(here: "Site", report: "Report", console: "Console") -> None:
+    """Prints the summary table."""
+    from rich.table import Column, Table
+
+    from fedscan_client.consent import WHY
+    from fedscan_client.intake.records import REASONS
+    from fedscan_client.intake.sources.folder import SKIPPED
+
+    table = Table(
+        "outcome",
+        Column("reason", overflow="fold"),
+        *(Column(name, justify="right") for name in ("studies", "series", "instances")),
+        title=f"{here.name}: {report.objects} objects of {report.patients} patients",
+        title_justify="left",
+    )
+    for line in report.lines:
+        reason = {**REASONS, **WHY}.get(line.reason, "")
+        if line.outcome == "unlabelled":
+            reason = "the label table does not name it"
+        counts = [str(count) if count else "" for count in (line.studies, line.series, line.instances)]
+        table.add_row(line.outcome, reason, *counts)
+    console.print(table)
+    for reason, count in sorted(report.skipped.items()):
+        console.print(f"{count} not looked at: {SKIPPED[reason]}.", soft_wrap=True)
+    if report.dry:
+        console.print("A dry run: nothing was written, and pixels were not decoded.", soft_wrap=True)
+        return
+    console.print(
+        f"{report.cached_patients} patients are in the cache; {report.destroyed} were destroyed; "
+        f"{report.read} objects were read, the others had not changed.",
+        soft_wrap=True,
+    )
+    if report.instances("quarantined"):
+        console.print(f"What waits for a person: fedscan agent quarantine list {here.folder}", soft_wrap=True)
+
+
+def _samples(here: "Site", count: int, console: "Console") -> None:
+    """Headers before and after, on the terminal of the hospital only."""
+    from rich.table import Column, Table
+
+    from fedscan_client.intake import samples
+
+    for number, rows in enumerate(samples.headers(here, count), 1):
+        table = Table("element", *(Column(name, overflow="fold") for name in ("before", "after")))
+        table.title, table.title_justify = f"Sample {number}: what the header becomes", "left"
+        for _, keyword, before, after in rows:
+            table.add_row(keyword, before, after or "[dim]gone[/dim]")
+        console.print(table)
+
+
+def _pull(here: "Site", notes: "Console") -> None: ...

@@ -1,0 +1,251 @@
+"""What the intake has seen, on disk: a row for each object of the source, so that the next run reads only what is new.
+
+    SITE/intake.sqlite    names are keyed HMACs, places (paths, which may hold names) are sealed with AES-256-GCM
+
+Memory stays flat however many objects there are: rows are written as they are found and read back patient by patient.
+Losing the file loses nothing but time. A place that does not open (the site key was rotated) counts as never seen.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedscan_core.errors import DataError
+
+FILE = "intake.sqlite"
+_NONCE = 12
+_EVERY = 500  # rows between two commits: what an interrupted run reads again
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS object (
+    place BLOB PRIMARY KEY,
+    stamp TEXT NOT NULL,
+    locator BLOB NOT NULL,
+    run INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    patient TEXT NOT NULL,
+    study TEXT NOT NULL,
+    series TEXT NOT NULL,
+    instance TEXT NOT NULL,
+    accession TEXT NOT NULL,
+    review TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS outcome (
+    series TEXT PRIMARY KEY,
+    patient TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    told TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_patient ON object (patient, series, instance);
+CREATE INDEX IF NOT EXISTS by_study ON object (study, patient);
+CREATE INDEX IF NOT EXISTS by_series ON object (series, patient);
+CREATE INDEX IF NOT EXISTS by_instance ON object (instance, patient);
+PRAGMA user_version = 1;
+"""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Whose and which an object is: keyed HMACs, all "" where `reason` says why the object cannot be used.
+
+    `review` is why a person or a rule has to release it first, "" where nobody has to.
+    """
+
+    reason: str = ""
+    patient: str = ""
+    study: str = ""
+    series: str = ""
+    instance: str = ""
+    accession: str = ""
+    review: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object. `locator` may hold names: in memory only."""
+
+    locator: str
+    stamp: str
+    header: Header
+
+
+class Index:
+    """The open index of one run of the intake; use `opened`."""
+
+    def __init__(self, db: sqlite3.Connection, wrapping: bytes) -> None:
+        """Takes a connection whose schema is there, and the site's wrapping key."""
+        self._db = db
+        keys = HKDF(SHA256(), 64, salt=None, info=b"fedscan intake index 1").derive(wrapping)
+        self._names, self._seal = keys[:32], AESGCM(keys[32:])
+        self._pending = 0
+        self.run = 1 + int(db.execute("SELECT coalesce(max(run), 0) FROM object").fetchone()[0])
+
+    def seen(self, locator: str, stamp: str) -> bool:
+        """Whether the same object, unchanged, has a row; then it is marked as still there."""
+        place = self._place(locator)
+        row = self._db.execute("SELECT stamp, locator, reason FROM object WHERE place = ?", (place,)).fetchone()
+        # What could not be read is tried again: permissions and networks come back without a new stamp.
+        if row is None or row[0] != stamp or row[2] == "unreadable" or self._opened(place, row[1]) is None:
+            return False
+        self._db.execute("UPDATE object SET run = ? WHERE place = ?", (self.run, place))
+        self._tick()
+        return True
+
+    def put(self, locator: str, stamp: str, header: Header) -> None:
+        """Writes or replaces the row of an object."""
+        place, nonce = self._place(locator), secrets.token_bytes(_NONCE)
+        sealed = nonce + self._seal.encrypt(nonce, locator.encode("utf-8", "surrogateescape"), place)
+        self._db.execute(
+            "REPLACE INTO object VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (place, stamp, sealed, self.run, *astuple(header)),
+        )
+        self._tick()
+
+    def sweep(self) -> None:
+        """Drops the rows of objects that this run did not find."""
+        self._db.execute("DELETE FROM object WHERE run <> ?", (self.run,))
+        self._db.execute("DELETE FROM outcome WHERE series NOT IN (SELECT series FROM object)")
+        self._commit()
+
+    def forget(self, patient: str) -> None:
+        """Drops a patient's rows, overwritten on disk."""
+        for table in ("object", "outcome"):
+            self._db.execute(f"DELETE FROM {table} WHERE patient = ?", (patient,))
+        self._commit()
+
+    def patients(self) -> list[str]:
+        """Names of all patients, sorted."""
+        return [row[0] for row in self._db.execute("SELECT DISTINCT patient FROM object WHERE reason = '' ORDER BY 1")]
+
+    def series(self, patient: str) -> Iterator[tuple[str, list[Row]]]:
+        """A patient's series, each with its objects in the order of their instances."""
+        names = self._db.execute(
+            "SELECT DISTINCT series FROM object WHERE patient = ? AND reason = '' ORDER BY 1", (patient,)
+        ).fetchall()
+        for (series,) in names:
+            yield series, self._rows("patient = ? AND reason = '' AND series = ?", (patient, series))
+
+    def outcome(self, series: str, digest: bytes) -> Any:
+        """What came of a series when it was last read, if what went in had the same digest; else None."""
+        row = self._db.execute("SELECT told FROM outcome WHERE series = ? AND digest = ?", (series, digest)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def settle(self, series: str, patient: str, digest: bytes, told: Any) -> None:
+        """Keeps what came of a series, as JSON."""
+        text = json.dumps(told, sort_keys=True)
+        self._db.execute("REPLACE INTO outcome VALUES (?, ?, ?, ?)", (series, patient, digest, text))
+        self._tick()
+
+    def clashing(self, patient: str) -> frozenset[str]:
+        """Names of the patient's studies, series and instances that another patient claims too."""
+        found: set[str] = set()
+        for column in ("study", "series", "instance"):
+            found.update(
+                row[0]
+                for row in self._db.execute(
+                    f"SELECT DISTINCT a.{column} FROM object a JOIN object b ON a.{column} = b.{column} "
+                    "WHERE a.patient = ? AND a.reason = '' AND b.reason = '' AND b.patient <> a.patient",
+                    (patient,),
+                )
+            )
+        return frozenset(found)
+
+    def count(self, what: str = "*") -> int:
+        """How many objects, or distinct patients, studies, series or instances among the readable ones."""
+        query = "SELECT count(*) FROM object"
+        if what != "*":
+            if what not in ("patient", "study", "series", "instance"):
+                raise ValueError(what)
+            query = f"SELECT count(DISTINCT {what}) FROM object WHERE reason = ''"
+        return int(self._db.execute(query).fetchone()[0])
+
+    def reasons(self) -> dict[str, int]:
+        """How many objects were set aside for their header alone, by reason."""
+        rows = self._db.execute("SELECT reason, count(*) FROM object WHERE reason <> '' GROUP BY reason ORDER BY 1")
+        return {str(reason): int(count) for reason, count in rows}
+
+    def damaged(self) -> Iterator[Row]:
+        """The objects set aside for their header alone."""
+        yield from self._rows("reason <> ''", ())
+
+    def _rows(self, where: str, values: tuple[str, ...]) -> list[Row]:
+        rows: list[Row] = []
+        for place, locator, stamp, *names in self._db.execute(
+            "SELECT place, locator, stamp, reason, patient, study, series, instance, accession, review FROM object "
+            f"WHERE {where} ORDER BY instance, place",
+            values,
+        ):
+            text = self._opened(place, locator)
+            if text is None:
+                raise DataError("The intake's index was altered.", remedy=f"Remove {FILE} and ingest again.")
+            rows.append(Row(text, stamp, Header(*names)))
+        return rows
+
+    def _place(self, locator: str) -> bytes:
+        return hmac.new(self._names, locator.encode("utf-8", "surrogateescape"), sha256).digest()[:16]
+
+    def _opened(self, place: bytes, sealed: bytes) -> str | None:
+        try:
+            plain = self._seal.decrypt(sealed[:_NONCE], sealed[_NONCE:], place)
+        except (InvalidTag, ValueError):
+            return None
+        return plain.decode("utf-8", "surrogateescape")
+
+    def _tick(self) -> None:
+        self._pending += 1
+        if self._pending >= _EVERY:
+            self._commit()
+
+    def _commit(self) -> None:
+        self._db.commit()
+        self._pending = 0
+
+
+@contextlib.contextmanager
+def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Index]:
+    """Opens SITE/intake.sqlite, made if need be (0600); with `dry` a copy in memory, and nothing is written.
+
+    Whatever ends the body, the rows of the objects read so far are kept.
+
+    Raises:
+        DataError: the file is not an index.
+    """
+    path = folder / FILE
+    try:
+        with contextlib.closing(_connect(path, dry)) as db:
+            db.executescript(_SCHEMA)
+            try:
+                yield Index(db, wrapping)
+            finally:
+                db.commit()
+    except sqlite3.DatabaseError as error:
+        raise DataError(
+            f"The intake's index {path} cannot be used ({error}).", remedy="Remove it and ingest again."
+        ) from None
+
+
+def _connect(path: Path, dry: bool) -> sqlite3.Connection:
+    if dry:
+        memory = sqlite3.connect(":memory:")
+        if path.exists():
+            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+                db.backup(memory)
+        return memory
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")  # a power cut loses rows, not the file
+    db.execute("PRAGMA secure_delete = ON")
+    return db

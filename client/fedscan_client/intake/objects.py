@@ -1,0 +1,85 @@
+"""The objects of a site, whatever kinds its sources are, and everything that goes when a patient goes.
+
+A locator here is a source's name, a line end, and the source's own locator; what came over the network lies in one spool.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import replace
+from functools import partial
+from typing import BinaryIO
+
+from fedscan_client.intake import cache, quarantine
+from fedscan_client.intake.index import Row
+from fedscan_client.intake.records import Refused
+from fedscan_client.intake.sources import folder, spool
+from fedscan_client.intake.sources.found import Found
+from fedscan_client.keys import SiteKey
+from fedscan_client.site import Site
+
+_SPOOL = ""  # no source is named so
+
+
+def found(site: Site, key: SiteKey, skipped: MutableMapping[str, int]) -> Iterator[Found]:
+    """Every object of the site's folders and spool.
+
+    Args:
+        site: the site.
+        key: its key.
+        skipped: counted up for what is left out, see `sources.folder.SKIPPED`.
+
+    Raises:
+        DataError: a folder is not there or is empty.
+    """
+    networked = False
+    for name, source in sorted(site.source.items()):
+        if source.kind == "folder":
+            for item in folder.found(source.folder, settle_seconds=source.settle_seconds, skipped=skipped):
+                yield _named(name, item)
+        elif source.kind != "table":
+            networked = True
+    if networked:
+        for item in spool.found(site.spool, key.wrapping):
+            yield _named(_SPOOL, item)
+
+
+@contextlib.contextmanager
+def opened(site: Site, key: SiteKey, locator: str) -> Iterator[tuple[BinaryIO, int]]:
+    """An object's bytes and how many they are.
+
+    Raises:
+        Refused: it is not there any more, or cannot be read.
+        DataError: the locator leads elsewhere.
+    """
+    name, own = locator.split("\n", 1)
+    if name == _SPOOL:
+        stream = spool.open_locator(site.spool, key.wrapping, own)
+    else:
+        source = site.source.get(name)
+        if source is None or source.kind != "folder":
+            raise Refused("unreadable")
+        stream = folder.open_locator(source.folder, own)
+    with stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        yield stream, size
+
+
+def destroy(site: Site, patient: str) -> bool:
+    """Destroys what the cache and the quarantine hold of a patient, the key first; says whether the cache held any."""
+    held = cache.destroy_patient(site.cache, patient)
+    quarantine.remove_patient(site.folder, patient)
+    return held
+
+
+def drop_spooled(site: Site, rows: Iterable[Row]) -> int:
+    """Removes objects that came over the network from the spool; a folder is the hospital's own and stays."""
+    own = [row.locator.split("\n", 1)[1] for row in rows if row.locator.startswith(f"{_SPOOL}\n")]
+    for locator in own:
+        spool.drop(site.spool, locator)
+    return len(own)
+
+
+def _named(name: str, item: Found) -> Found:
+    return replace(item, locator=f"{name}\n{item.locator}")

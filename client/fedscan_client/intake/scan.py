@@ -1,0 +1,68 @@
+"""The first pass of the intake: every object's header is read once, and says whose and which object it is.
+
+No pixel is touched here, and nobody's consent is needed: what is kept is keyed HMACs, see `index`.
+"""
+
+from collections.abc import Callable, Iterable
+
+from pydicom.dataset import Dataset
+
+from fedscan_client.intake import deid, headers, read
+from fedscan_client.intake.index import Header, Index
+from fedscan_client.intake.records import REVIEW, Refused
+from fedscan_client.intake.sources.found import Found
+
+_DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR (PS3.3 F)
+
+
+def scan(found: Iterable[Found], index: Index, *, key: bytes, issuer: str, tell: Callable[[int], None]) -> None:
+    """Reads the header of every object that is new or changed.
+
+    Args:
+        found: the source's objects.
+        index: the open index.
+        key: the site's key for this project.
+        issuer: who gave out the patient ids, where a header does not say.
+        tell: told how many objects were looked at.
+    """
+    for number, item in enumerate(found, 1):
+        if not index.seen(item.locator, item.stamp):
+            index.put(item.locator, item.stamp, _header(item, key, issuer))
+        tell(number)
+
+
+def name_of(ds: Dataset, key: bytes, issuer: str) -> Header:
+    """Whose and which object this is.
+
+    Raises:
+        Refused: the header does not say, or says something that is never accepted.
+    """
+    review = ""
+    patient = deid.patient_name(key, deid.identity(ds, issuer))
+    study, series, instance = (
+        deid.pseudonym(key, "uid", headers.identifier(ds, keyword))
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+    )
+    accession = headers.value(ds, "AccessionNumber")
+    accession = accession.strip() if isinstance(accession, str) else ""
+    try:
+        deid.check_kind(ds)
+    except Refused as refused:
+        if refused.reason not in REVIEW:
+            raise
+        review = refused.reason
+    accession = deid.pseudonym(key, "accession", accession) if accession else ""
+    return Header("", patient, study, series, instance, accession, review)
+
+
+def _header(item: Found, key: bytes, issuer: str) -> Header:
+    try:
+        with item.open() as stream:
+            ds = read.header(stream, item.size)
+        if str(ds.file_meta.get("MediaStorageSOPClassUID", "")) == _DIRECTORY:
+            return Header("catalogue")
+        return name_of(ds, key, issuer)
+    except Refused as refused:
+        return Header(refused.reason)
+    except OSError:
+        return Header("unreadable")

@@ -1,0 +1,269 @@
+"""The second pass of the intake for one series of a cleared patient: which of its objects pass, and the images they make.
+
+An object passes when no other patient claims its UIDs, it is not a second copy, it has a label, and its kind is accepted
+or was released by a rule of the site or by a person. What passes is de-identified object by object and assembled. Where
+all objects of a series carry the same label they make stacks; where labels differ by slice, every slice is an image.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+
+from pydicom.dataset import Dataset
+
+from fedscan_client.intake import cache, decode, deid, headers, objects, ocr, quarantine, read, stack, traits
+from fedscan_client.intake.cache import Entry
+from fedscan_client.intake.index import Header, Index, Row
+from fedscan_client.intake.labels import Label, Labels
+from fedscan_client.intake.records import REVIEW, Rectangle, Refused, Volume
+from fedscan_client.intake.report import Counts
+from fedscan_client.intake.rules import blackout_for
+from fedscan_client.intake.scan import name_of
+from fedscan_client.keys import SiteKey
+from fedscan_client.site import Site
+
+_VERSION = 1  # of the way from an object to the cached image: another number reads everything again
+
+Piece = tuple[Entry, Volume | None]  # None: the image is in the cache already
+Pair = tuple[Row, Label]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step of one run needs. `names` is the key for this project: it makes pseudonyms."""
+
+    site: Site
+    key: SiteKey
+    names: bytes
+    index: Index
+    labels: Labels
+    dry: bool
+    read: Counter[str] = field(default_factory=Counter)
+
+    def known(self, patient: str) -> dict[str, Entry]:
+        """The patient's images that the cache holds now, by their ids; none where they cannot be read."""
+        if self.dry or patient not in cache.patients(self.site.cache):
+            return {}
+        try:
+            return {it.id: it for it in cache.read_index(self.site.cache, self.key, patient).entries}
+        except cache.Damaged:
+            objects.destroy(self.site, patient)  # the source still has them
+            return {}
+
+
+def born(work: Work, row: Row) -> date | None:
+    """The patient's date of birth as one of their objects gives it; None where it does not."""
+    try:
+        text = headers.value(_header(work, row), "PatientBirthDate")
+        return date.fromisoformat(str(text)) if text else None
+    except (Refused, OSError, ValueError):
+        return None
+
+
+def pieces(
+    work: Work,
+    patient: str,
+    uid: str,
+    rows: Sequence[Row],
+    *,
+    clashing: frozenset[str],
+    known: Mapping[str, Entry],
+    split: str,
+    counts: Counts,
+) -> Iterator[Piece]:
+    """The images that one series makes, one after the other.
+
+    Args:
+        work: this run's.
+        patient: name of the patient, who has been cleared.
+        uid: name of the series.
+        rows: its objects, in the order of their instances.
+        clashing: names of studies, series and instances that another patient claims as well.
+        known: images of the patient that are in the cache.
+        split: the patient's, "" to leave it to the site's keyed hash.
+        counts: what became of the objects is added here, when the iteration has ended.
+    """
+    chosen: list[Pair] = []
+    seen: set[str] = set()
+    for row in rows:
+        about, label = row.header, work.labels.of(row.header)
+        if clashing & {about.study, about.series, about.instance}:
+            counts["refused", "uid_on_two_patients"] += 1
+        elif about.instance in seen:
+            counts["refused", "duplicate"] += 1
+        elif label is None:
+            counts["unlabelled", ""] += 1
+        else:
+            chosen.append((row, label))
+            seen.add(about.instance)
+    together = len({label.label for _, label in chosen}) == 1 and not counts["unlabelled", ""]
+    decided = {row.header.instance: _decision(work, row) for row, _ in chosen if row.header.review}
+    digest = _digest(work, chosen, split, decided)
+    told = work.index.outcome(uid, digest)
+    if told is not None and all(name in known for name in told["entries"]):
+        counts.update({(outcome, reason): count for outcome, reason, count in told["counts"]})
+        yield from ((known[name], None) for name in told["entries"])
+        return
+
+    became: Counts = Counter()
+    made: list[str] = []
+    groups = [chosen] if together else [[pair] for pair in chosen]
+    for group in groups:
+        for entry, volume in _assembled(work, patient, group, split, decided, digest.hex(), became):
+            made.append(entry.id)
+            yield entry, volume
+    counts.update(became)
+    if not work.dry:
+        lines = [[outcome, reason, count] for (outcome, reason), count in sorted(became.items())]
+        work.index.settle(uid, patient, digest, {"entries": made, "counts": lines})
+
+
+def _assembled(
+    work: Work,
+    patient: str,
+    group: Sequence[Pair],
+    split: str,
+    decided: Mapping[str, tuple[Rectangle, ...] | None],
+    digest: str,
+    counts: Counts,
+) -> Iterator[tuple[Entry, Volume]]:
+    """De-identifies some objects of one series and puts them together; what cannot be used is counted."""
+    passed: list[tuple[Pair, Mapping[str, str]]] = []
+
+    def cleaned() -> Iterator[Dataset]:
+        for number, pair in enumerate(group):
+            try:
+                clean = _clean(work, pair[0], decided.get(pair[0].header.instance), number, len(group))
+            except Refused as refused:
+                outcome = "quarantined" if refused.reason in REVIEW else "refused"
+                counts[outcome, refused.reason] += 1
+                _set_aside(work, pair[0], refused.reason)
+                continue
+            if clean is None:  # dry: it would be read now
+                counts["accepted", ""] += 1
+                continue
+            passed.append((pair, _facts(clean)))
+            yield clean
+
+    try:
+        volumes = stack.assemble(cleaned())
+    except Refused as refused:
+        counts["refused", refused.reason] += len(passed)
+        return
+    used: set[int] = set()
+    for volume, members in volumes:
+        first, facts = passed[members[0]]
+        names = sorted(passed[member][0][0].header.instance for member in members)
+        yield (
+            Entry(
+                id=hashlib.sha256("\0".join(names).encode()).hexdigest()[:32],
+                study=first[0].header.study,
+                label=first[1].label,
+                split=split,
+                sex=facts["sex"],
+                age=int(facts["age"]) if facts["age"] else None,
+                group={"manufacturer": facts["manufacturer"], "modality": facts["modality"]},
+                digest=digest,
+            ),
+            volume,
+        )
+        used.update(members)
+    counts["accepted", ""] += len(used)
+    if len(used) < len(passed):
+        counts["refused", "geometry"] += len(passed) - len(used)
+
+
+def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: int, of: int) -> Dataset | None:
+    """Reads an object whole and de-identifies it; None in a dry run, just before its pixels would be read.
+
+    Raises:
+        Refused: it waits for a person, changed since its header was read, or cannot be used.
+    """
+    rectangles: tuple[Rectangle, ...] = ()
+    if row.header.review:
+        by_rule = blackout_for(_header(work, row), work.site.quarantine.rule) if decided is None else decided
+        if by_rule is None:
+            raise Refused(row.header.review)
+        rectangles = by_rule
+    if work.dry:
+        return None
+    try:
+        with objects.opened(work.site, work.key, row.locator) as (stream, size):
+            ds = read.whole(stream, size)
+    except OSError:
+        raise Refused("unreadable") from None
+    assert work.site.intake is not None
+    issuer = work.site.intake.issuer
+    if name_of(ds, work.names, issuer) != row.header:
+        raise Refused("changed")
+    work.read["instances"] += 1
+    clean = deid.deidentify(ds, work.names, issuer=issuer, blackout=rectangles, released=bool(row.header.review))
+    if not row.header.review and quarantine.decision_for(
+        work.site.folder, row.header.series, row.header.instance, digest=row.stamp
+    ) is None:
+        _look(work, clean, number, of)
+    return clean
+
+
+def _look(work: Work, clean: Dataset, number: int, of: int) -> None:
+    """The second alarm, where the site switched it on.
+
+    Raises:
+        Refused: something like text was read.
+    """
+    if work.site.quarantine.ocr == "off":
+        return
+    pixels = decode.frames(clean)
+    for frame in ocr.reads(work.site.quarantine.ocr, number, of, len(pixels)):
+        if ocr.alarm(pixels[frame]):
+            raise Refused("text_seen")
+
+
+def _set_aside(work: Work, row: Row, reason: str) -> None:
+    if work.dry:
+        return
+    about = row.header
+    try:
+        seen = traits.traits(_header(work, row), work.names)
+    except (Refused, OSError):
+        seen = traits.UNKNOWN
+    put = quarantine.Found(reason, about.patient, about.series, about.instance, row.locator, row.stamp, seen)
+    quarantine.put(work.site.folder, work.key.wrapping, [put])
+
+
+def _decision(work: Work, row: Row) -> tuple[Rectangle, ...] | None:
+    about = row.header
+    return quarantine.decision_for(work.site.folder, about.series, about.instance, digest=row.stamp)
+
+
+def _header(work: Work, row: Row) -> Dataset:
+    with objects.opened(work.site, work.key, row.locator) as (stream, size):
+        return read.header(stream, size)
+
+
+def _digest(
+    work: Work, chosen: Iterable[Pair], split: str, decided: Mapping[str, tuple[Rectangle, ...] | None]
+) -> bytes:
+    """Changes with everything that decides what a series becomes: its objects, labels, rules, decisions, this code."""
+    told = [
+        _VERSION,
+        deid.VERSION,
+        split,
+        work.site.quarantine.model_dump(mode="json"),
+        [[row.header.instance, row.stamp, label.label] for row, label in chosen],
+        sorted([name, None if it is None else [vars(r) for r in it]] for name, it in decided.items()),
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
+
+
+def _facts(clean: Dataset) -> dict[str, str]:
+    """What is kept beside the pixels, from the de-identified object only."""
+    return {
+        "sex": str(clean.get("PatientSex") or ""),
+        "age": str(clean.get("PatientAge") or "")[:3],
+        "manufacturer": str(clean.get("Manufacturer") or ""),
+        "modality": str(clean.get("Modality") or ""),
+    }
