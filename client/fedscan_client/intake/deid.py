@@ -1,101 +1,100 @@
 """De-identification: a new dataset is built from the allow-list; the old one is never edited.
 
-Fail closed: an image whose kind, type or header is not known to be harmless is refused by name
-(`Refused`), and an element that is not in `profile.PROFILE` does not pass. Pixels are decoded
-and written again as plain grey values, so neither compressed streams (comments, EXIF) nor unused
-bits (overlays) nor trailing bytes carry anything along. The 128 bytes before DICM and the file meta
-group are new.
+Guarantee: the result holds only elements that a table of `kinds.py` names for its SOP class, each made anew by
+`actions.py` from a checked reading of its value; nothing else of the object passes. Private and unknown elements,
+overlays, curves, icons, comments and descriptions of people, the 128 bytes before DICM and the file meta group do not
+exist in it. Pixels are decoded and written again as plain numbers, so neither compressed streams (comments, EXIF) nor
+unused bits (overlays) nor trailing bytes carry anything along. Fail closed: an image whose kind, type or header is not
+known to be harmless is refused by name (`Refused`).
 
-What it does not do: find text that a device burned into the pixels without saying so, or remove the
-face from a head scan. Both wait for the quarantine review.
+Assumed: the key stays secret (without it a seven-digit hospital number cannot be recomputed; unkeyed SHA-256 of all of
+them takes seconds), and pixels of an accepted kind, or released by a person, show no text.
 
-Pseudonyms are HMAC-SHA-256 under the site's key, which never leaves: without the key a seven-digit
-hospital number cannot be recomputed (unkeyed SHA-256 of all of them takes seconds).
-Attributes of the result: PS3.15 Annex E; method codes: PS3.16 CID 7050.
+What it does not do: find text that a device burned into the pixels without saying so, or remove the face from a head
+scan. A patient whose dates are known from elsewhere can be recognised by the intervals between them.
+
+PS3.15 Annex E: Basic Profile with the options Clean Descriptors, Modified Dates, Retain Patient Characteristics and,
+for a released image, Clean Pixel Data. Method codes: PS3.16 CID 7050.
 """
 
-import hashlib
-import hmac
-import re
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
-from pydicom.datadict import dictionary_VR
+import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.multival import MultiValue
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
-from pydicom.valuerep import DSfloat
 
-from fedscan_client.intake import headers
-from fedscan_client.intake.pixels import decode
-from fedscan_client.intake.profile import CODES, MAKERS, PROFILE, VERSION
-from fedscan_client.intake.records import Refused
-from fedscan_core.errors import DataError
+from fedscan_client.intake import actions, headers, kinds
+from fedscan_client.intake.actions import pseudonym, pseudonymous_uid
+from fedscan_client.intake.decode import frames
+from fedscan_client.intake.kinds import check_kind
+from fedscan_client.intake.profile import VERSION
+from fedscan_client.intake.records import REVIEW, PatientId, Rectangle, Refused
 
-KEY_BYTES = 32
+__all__ = ["check_kind", "deidentify", "identity", "patient_name", "pseudonym", "pseudonymous_uid"]
+
 _METHODS = (
     ("113100", "Basic Application Confidentiality Profile"),
+    ("113105", "Clean Descriptors Option"),
+    ("113107", "Retain Longitudinal Temporal Information Modified Dates Option"),
     ("113108", "Retain Patient Characteristics Option"),
 )
+_CLEAN_PIXELS = ("113101", "Clean Pixel Data Option")
 
 
-def pseudonym(key: bytes, domain: str, value: str) -> str:
-    """A keyed name for a value: 128 bits of HMAC-SHA-256, as 32 hex digits.
-
-    Args:
-        key: the site's secret, at least 32 bytes.
-        domain: what kind of value it is, "pid" or "uid"; equal values of two kinds get unrelated
-            names.
-        value: the hospital's own identifier.
+def identity(ds: Dataset, default_issuer: str = "") -> PatientId:
+    """The patient as the hospital names them; `default_issuer` stands in where the header names no issuer.
 
     Raises:
-        DataError: the key is too short.
+        Refused: "patient_id": no id, several, or letters that could not be decoded (two ids could look the same).
     """
-    if len(key) < KEY_BYTES:
-        raise DataError(
-            f"The site key has {len(key)} bytes, at least {KEY_BYTES} are needed.",
-            remedy="Draw one at random, for example with 'openssl rand 32'.",
-        )
-    message = domain.encode() + b"\0" + value.encode()
-    return hmac.new(key, b"fedscan pseudonym 1\0" + message, hashlib.sha256).hexdigest()[:32]
+    patient = headers.identifier(ds, "PatientID")
+    if headers.value(ds, "IssuerOfPatientID") in (None, ""):
+        return PatientId(patient, default_issuer)
+    return PatientId(patient, headers.identifier(ds, "IssuerOfPatientID"))
 
 
-def pseudonymous_uid(key: bytes, uid: str) -> str:
-    """A UID under 2.25 (PS3.5 B.2: a UUID as a decimal number) that stands for the given one."""
-    bits = int(pseudonym(key, "uid", uid), 16)
-    bits = bits & ~(0xF << 76) | 0x8 << 76  # version 8: made by a rule of our own (RFC 9562)
-    bits = bits & ~(0x3 << 62) | 0x2 << 62  # the variant of RFC 9562
-    return f"2.25.{bits}"
+def patient_name(key: bytes, patient: PatientId) -> str:
+    """The patient's pseudonym in a project: 32 hex digits; equal ids of two issuers are two patients."""
+    return pseudonym(key, "pid", f"{patient.issuer}\0{patient.id}")
 
 
-def deidentify(ds: Dataset, key: bytes) -> Dataset:
+def deidentify(
+    ds: Dataset, key: bytes, *, issuer: str = "", blackout: Sequence[Rectangle] = (), released: bool = False
+) -> Dataset:
     """Builds the de-identified image.
 
     Args:
         ds: a complete instance, as read from the file.
-        key: the site's secret.
+        key: the secret of this project at this site (`SiteKey.project`).
+        issuer: of patient ids whose header names none.
+        blackout: pixels that are made black in every frame.
+        released: a rule of the site or a person has overruled the reasons of `REVIEW`.
 
     Returns:
-        A new dataset with new file meta and a zero preamble: only elements of `PROFILE`, plus the
-        declaration of what was done.
+        A new dataset with new file meta and a zero preamble: only elements of the kind's table, plus the declaration of
+        what was done. The same input and key give the same bytes.
 
     Raises:
         Refused: the image is of a kind, or has a header or pixel data, that is not accepted.
     """
-    check_kind(ds)
-    pixels = decode(ds)
-    out = Dataset()
-    for element in PROFILE:
-        value = _ACTIONS[element.action](ds, element.keyword, key)
-        if value is not None:
-            out.add_new(element.keyword, dictionary_VR(element.keyword), value)
-    data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
-    out.add_new("PixelData", "OW", data + b"\0" * (len(data) % 2))
-    out.PatientIdentityRemoved = "YES"
-    out.DeidentificationMethod = VERSION
-    out.DeidentificationMethodCodeSequence = [_method(code, meaning) for code, meaning in _METHODS]
-    out.LongitudinalTemporalInformationModified = "REMOVED"
+    try:
+        check_kind(ds)
+    except Refused as refusal:
+        if not released or refusal.reason not in REVIEW:
+            raise
+    kind = kinds.kind_of(ds)
+    patient = patient_name(key, identity(ds, issuer))
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        headers.identifier(ds, keyword)
+    with headers.quiet():
+        out = actions.apply(ds, kind.table, actions.secrets(key, patient))
+    if out is None:
+        raise Refused("bad_header")
+    pixels = frames(ds)
+    _write_pixels(out, ds, _black(pixels, blackout, out) if blackout else pixels)
+    _declare(out, released or bool(blackout))
     out.preamble = b"\0" * 128
     out.file_meta = FileMetaDataset()
     out.file_meta.MediaStorageSOPClassUID = out.SOPClassUID
@@ -105,71 +104,42 @@ def deidentify(ds: Dataset, key: bytes) -> Dataset:
     return out
 
 
-def check_kind(ds: Dataset) -> None:
-    r"""Refuses, by name, every kind of image that could carry an identity in its pixels.
-
-    Raises:
-        Refused: the SOP class is not accepted, ImageType is not ORIGINAL\PRIMARY, or the header
-            says (or does not clearly deny) that text is burned in or that the patient is
-            recognisable.
-    """
-    if _code(ds, "SOPClassUID", b"") is None:
-        raise Refused("sop_class")
-    image_type = headers.value(ds, "ImageType")
-    if not isinstance(image_type, MultiValue) or list(image_type[:2]) != ["ORIGINAL", "PRIMARY"]:
-        raise Refused("image_type")
-    if headers.value(ds, "BurnedInAnnotation") not in (None, "", "NO"):
-        raise Refused("burned_in")
-    if headers.value(ds, "RecognizableVisualFeatures") not in (None, "", "NO"):
-        raise Refused("recognizable")
+def _black(pixels: NDArray[Any], blackout: Sequence[Rectangle], ds: Dataset) -> NDArray[Any]:
+    """The rectangles in the darkest value the image holds (which leaves its range as it is), frame by frame."""
+    pixels = pixels if pixels.flags.writeable else pixels.copy()
+    inverted = headers.photometric(ds) == "MONOCHROME1"
+    black = 0 if pixels.ndim == 4 else pixels.max() if inverted else pixels.min()
+    for frame in pixels:
+        for box in blackout:
+            frame[max(box.top, 0) : max(box.bottom, 0), max(box.left, 0) : max(box.right, 0)] = black
+    return pixels
 
 
-def _code(ds: Dataset, keyword: str, _key: bytes) -> str | None:
-    value = headers.value(ds, keyword)
-    return str(value) if isinstance(value, str) and value in CODES[keyword] else None
+def _write_pixels(out: Dataset, ds: Dataset, pixels: NDArray[Any]) -> None:
+    """The image pixel module (PS3.3 C.7.6.3) of plain numbers."""
+    allocated, colour = 8 * pixels.dtype.itemsize, pixels.ndim == 4
+    stored = headers.count(ds, "BitsStored")
+    if headers.value(ds, "PhotometricInterpretation") == "PALETTE COLOR":
+        stored = allocated
+    out.SamplesPerPixel = 3 if colour else 1
+    out.PhotometricInterpretation = "RGB" if colour else str(headers.photometric(ds))
+    if colour:
+        out.PlanarConfiguration = 0
+    if "NumberOfFrames" in ds or len(pixels) > 1:
+        out.NumberOfFrames = len(pixels)
+    out.Rows, out.Columns = pixels.shape[1:3]
+    out.BitsAllocated, out.BitsStored, out.HighBit = allocated, stored, stored - 1
+    out.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<")).tobytes()
+    out.add_new("PixelData", "OW", data + b"\0" if len(data) % 2 else data)
 
 
-def _age(ds: Dataset, keyword: str, _key: bytes) -> str | None:
-    """Whole years; 90 stands for everybody older. An impossible age is dropped."""
-    match = re.fullmatch(r"(\d{3})([DWMY])", str(headers.value(ds, keyword)), re.ASCII)
-    if match is None:
-        return None
-    years = int(match[1]) // {"D": 365, "W": 52, "M": 12, "Y": 1}[match[2]]
-    return f"{min(years, 90):03d}Y" if years <= 130 else None
-
-
-def _maker(ds: Dataset, keyword: str, _key: bytes) -> str | None:
-    value = headers.value(ds, keyword)
-    if not value:
-        return None
-    words = re.findall(r"[a-z]+", str(value).lower())
-    return next((MAKERS[word] for word in words if word in MAKERS), "other")
-
-
-def _decimal(ds: Dataset, keyword: str, _key: bytes) -> DSfloat | None:
-    number = headers.decimal(ds, keyword)
-    return None if number is None else DSfloat(number, auto_format=True)
-
-
-_ACTIONS: Mapping[str, Callable[[Dataset, str, bytes], Any]] = MappingProxyType(
-    {
-        "empty": lambda ds, keyword, key: "",
-        "constant": lambda ds, keyword, key: ["ORIGINAL", "PRIMARY"],
-        "uid": lambda ds, keyword, key: pseudonymous_uid(key, headers.identifier(ds, keyword)),
-        "pid": lambda ds, keyword, key: pseudonym(key, "pid", headers.identifier(ds, keyword)),
-        "code": _code,
-        "age": _age,
-        "maker": _maker,
-        "count": lambda ds, keyword, key: headers.count(ds, keyword),
-        "decimal": _decimal,
-        "pixels": lambda ds, keyword, key: None,  # written by `deidentify` from the decoded values
-    }
-)
-
-
-def _method(code: str, meaning: str) -> Dataset:
-    item = Dataset()
-    item.CodeValue = code
-    item.CodingSchemeDesignator = "DCM"
-    item.CodeMeaning = meaning
-    return item
+def _declare(out: Dataset, pixels_cleaned: bool) -> None:
+    """What was done, and nothing that was not (PS3.15 E.1.1, PS3.3 C.7.1.1)."""
+    methods = [*_METHODS, _CLEAN_PIXELS] if pixels_cleaned else _METHODS
+    out.PatientIdentityRemoved = "YES"
+    out.DeidentificationMethod = VERSION
+    out.DeidentificationMethodCodeSequence = [actions.coded(code, "DCM", name) for code, name in sorted(methods)]
+    out.LongitudinalTemporalInformationModified = "MODIFIED"
+    if pixels_cleaned:
+        out.BurnedInAnnotation = "NO"

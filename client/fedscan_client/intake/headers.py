@@ -1,12 +1,15 @@
 """Reading one value of a DICOM header, whatever the file holds there.
 
 pydicom parses an element when it is first asked for, so a damaged one raises on access, and almost
-anything; its warnings and log lines quote the value. Every read of a header goes through `value`.
+anything; its warnings and log lines quote the value. Every read of a header goes through `value`, or
+through `quick` within `quiet`.
 """
 
+import contextlib
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -24,10 +27,26 @@ def value(ds: Dataset, keyword: str) -> Any:
     Raises:
         Refused: it cannot be parsed.
     """
+    with quiet():
+        return quick(ds, keyword)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences pydicom's warnings, which quote header values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quick(ds: Dataset, name: str | int) -> Any:
+    """`value` by keyword or tag for many elements in turn: the caller has entered `quiet` around all of them.
+
+    Raises:
+        Refused: it cannot be parsed.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they quote header values
-            return ds.get(keyword)
+        return ds.get(name) if isinstance(name, str) else ds[name].value
     except Exception:  # pydicom parses on access, and a damaged element can raise anything
         raise Refused("bad_header") from None
 
@@ -71,7 +90,7 @@ def decimal(ds: Dataset, keyword: str) -> float | None:
 
 
 def identifier(ds: Dataset, keyword: str) -> str:
-    """A patient id or UID as one clean string.
+    """A patient id, its issuer or a UID as one clean string.
 
     Raises:
         Refused: missing, several values, or letters that could not be decoded (two different ids
@@ -80,5 +99,5 @@ def identifier(ds: Dataset, keyword: str) -> str:
     found = value(ds, keyword)
     text = found.strip() if isinstance(found, str) else ""
     if not text or not text.isprintable() or "\ufffd" in text:
-        raise Refused("patient_id" if keyword == "PatientID" else "uid_missing")
+        raise Refused("patient_id" if keyword.endswith("PatientID") else "uid_missing")
     return text

@@ -1,22 +1,57 @@
-"""De-identification as data: the few DICOM elements that are kept, and what is done to each.
+"""The form of the de-identification tables: which DICOM elements are kept, and what is done to each.
 
-An allow-list, not a deny-list: what is not named here does not exist in the result, so a private
-tag, a nested sequence, an overlay or an element added to the standard next year cannot pass. The
-deny-list of PS3.15 Table E.1-1 alone lets through elements that it does not name (RetrieveURL,
-SoftwareVersions, overlay descriptions). Values are checked as well, because a code string can hold
-a name.
+An allow-list, not a deny-list: what no table names does not exist in the result, so a private tag, a nested sequence,
+an overlay or an element added to the standard next year cannot pass. The deny-list of PS3.15 Table E.1-1 alone lets
+through elements that it does not name (RetrieveURL, SoftwareVersions, overlay descriptions). Values are checked as
+well, because a code string can hold a name.
 
-References are to the DICOM standard, PS3.3 (modules) and PS3.15 (Table E.1-1).
+The tables are text, for an auditor to read: `profile_modules.py` (modules of ordinary images), `profile_enhanced.py`
+(functional groups of multi-frame images), `profile_values.py` (every word that may pass). `kinds.py` says which tables
+a kind of image uses. A table is a head line `[NAME] section of PS3.3, title` and a row for each element:
+
+    group,element  keyword  action  type
+
+Actions (`actions.py`):
+    empty            no value
+    dummy:WORD       WORD, whatever was there
+    uid              keyed pseudonym 2.25....; all values of the element
+    frame            the same, but a frame of reference of the standard's own (an atlas) stays
+    class            a SOP class of the standard; anything else is removed
+    pid              keyed pseudonym of issuer and patient id
+    age              whole years, 90 for everybody older
+    date             shifted by the patient's own number of days; of a date and time only the date
+    code             only values of `profile_values.CODES`
+    imagetype        values 1 and 2 checked as above, further ones only of a closed list
+    words            free text reduced to the words of a closed list, in alphabetical order
+    maker            only a name of `profile_values.MAKERS`, otherwise "other"
+    number:LOW:HIGH  numbers, as many as the dictionary allows (at most 32, or a third argument); anything else is removed
+    index            a name that is a whole number of up to six digits
+    pointer          tags of the dictionary (attribute pointers)
+    items:NAME       a sequence, each of its items by table NAME
+    codes:CID,...    a code sequence: only codes of these context groups of PS3.16, with the standard's meaning; a name
+                     at the end is a table for what else is kept in the items
+    lut              a lookup table written again from its numbers, which must rise or fall throughout
+    pixels           written by us from the decoded values
+
+Types: 1 always written, or refused; 1c where present it must be valid, or the image is refused; 2 always written,
+empty where no value passes; 2c the same where the element was present; 3 left out where no value passes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast, get_args
 
-VERSION = "fedscan allow-list 1"
+from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag
 
-Action = Literal["empty", "uid", "pid", "code", "age", "maker", "count", "decimal", "constant", "pixels"]
+VERSION = "fedscan allow-list 2"
+
+Action = Literal[
+    "empty", "dummy", "uid", "frame", "class", "pid", "age", "date", "code", "imagetype", "words", "maker", "number",
+    "index", "pointer", "items", "codes", "lut", "pixels",
+]  # fmt: skip
+Type = Literal["1", "1c", "2", "2c", "3"]
+
+_MANY = 32  # values of an element that may have any number of them
 
 
 @dataclass(frozen=True)
@@ -24,134 +59,63 @@ class Element:
     """One kept element.
 
     Attributes:
-        tag: (group,element) in hex, as printed in the standard.
+        tag: group and element as one number.
         keyword: the standard's keyword.
-        action: empty (present without value), uid and pid (keyed pseudonym), code (only a value of
-            `CODES`), age (whole years, at most 90), maker (only a name of `MAKERS`), count (whole
-            number 0 to 65535), decimal (first value, finite), constant (a value of ours), pixels
-            (decoded and written again, so that nothing but grey values passes).
-        reference: where the standard defines it and what Table E.1-1 asks for.
+        vr: value representation in the standard's dictionary.
+        action: what is done to it, see this file's docstring.
+        arguments: of the action.
+        type: when it is written, see this file's docstring.
+        fewest, most: how many values may pass.
+        section: where PS3.3 defines it.
     """
 
-    tag: str
+    tag: int
     keyword: str
+    vr: str
     action: Action
-    reference: str
+    arguments: tuple[str, ...]
+    type: Type
+    fewest: int
+    most: int
+    section: str
 
 
-PROFILE: tuple[Element, ...] = (
-    Element("(0008,0008)", "ImageType", "constant", "PS3.3 C.7.6.1; only ORIGINAL\\PRIMARY is accepted"),
-    Element("(0008,0016)", "SOPClassUID", "code", "PS3.3 C.12.1"),
-    Element("(0008,0018)", "SOPInstanceUID", "uid", "PS3.15 E.1-1: U"),
-    Element("(0008,0020)", "StudyDate", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0008,0030)", "StudyTime", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0008,0050)", "AccessionNumber", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0008,0060)", "Modality", "code", "PS3.3 C.7.3.1"),
-    Element("(0008,0070)", "Manufacturer", "maker", "PS3.3 C.7.5.1; free text, so only known names"),
-    Element("(0008,0090)", "ReferringPhysicianName", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0010,0010)", "PatientName", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0010,0020)", "PatientID", "pid", "PS3.15 E.1-1: Z; replaced by the pseudonym"),
-    Element("(0010,0030)", "PatientBirthDate", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0010,0040)", "PatientSex", "code", "PS3.15 E.1-1: retain patient characteristics"),
-    Element("(0010,1010)", "PatientAge", "age", "PS3.15 E.1-1: retain patient characteristics"),
-    Element("(0018,0015)", "BodyPartExamined", "code", "PS3.3 C.7.3.1, PS3.16 Annex L"),
-    Element("(0020,000D)", "StudyInstanceUID", "uid", "PS3.15 E.1-1: U"),
-    Element("(0020,000E)", "SeriesInstanceUID", "uid", "PS3.15 E.1-1: U"),
-    Element("(0020,0010)", "StudyID", "empty", "PS3.15 E.1-1: Z; type 2"),
-    Element("(0020,0011)", "SeriesNumber", "empty", "PS3.3 C.7.3.1; type 2"),
-    Element("(0020,0013)", "InstanceNumber", "empty", "PS3.3 C.7.6.1; type 2"),
-    Element("(0028,0002)", "SamplesPerPixel", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0004)", "PhotometricInterpretation", "code", "PS3.3 C.7.6.3"),
-    Element("(0028,0010)", "Rows", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0011)", "Columns", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0100)", "BitsAllocated", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0101)", "BitsStored", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0102)", "HighBit", "count", "PS3.3 C.7.6.3"),
-    Element("(0028,0103)", "PixelRepresentation", "count", "PS3.3 C.7.6.3"),
-    Element(
-        "(0028,0301)",
-        "BurnedInAnnotation",
-        "code",
-        "PS3.3 C.7.6.1; NO is kept, never written by us",
-    ),
-    Element("(0028,1050)", "WindowCenter", "decimal", "PS3.3 C.11.2"),
-    Element("(0028,1051)", "WindowWidth", "decimal", "PS3.3 C.11.2"),
-    Element("(0028,1052)", "RescaleIntercept", "decimal", "PS3.3 C.11.1"),
-    Element("(0028,1053)", "RescaleSlope", "decimal", "PS3.3 C.11.1"),
-    Element("(0028,1056)", "VOILUTFunction", "code", "PS3.3 C.11.2"),
-    Element("(7FE0,0010)", "PixelData", "pixels", "PS3.3 C.7.6.3"),
-)
+Table = tuple[Element, ...]
 
-# Kinds of image that hospitals store without burned-in text. Secondary capture, ultrasound,
-# angiography, reports, encapsulated documents and presentation states wait for a person's review,
-# so are refused.
-SOP_CLASSES: Mapping[str, str] = MappingProxyType(
-    {
-        "1.2.840.10008.5.1.4.1.1.1": "Computed Radiography",
-        "1.2.840.10008.5.1.4.1.1.1.1": "Digital X-Ray, for presentation",
-        "1.2.840.10008.5.1.4.1.1.1.1.1": "Digital X-Ray, for processing",
-        "1.2.840.10008.5.1.4.1.1.1.2": "Digital Mammography, for presentation",
-        "1.2.840.10008.5.1.4.1.1.1.2.1": "Digital Mammography, for processing",
-        "1.2.840.10008.5.1.4.1.1.2": "CT",
-        "1.2.840.10008.5.1.4.1.1.4": "MR",
-        "1.2.840.10008.5.1.4.1.1.128": "PET",
-    }
-)
 
-# The commonest of PS3.16 Annex L.
-_BODY_PARTS = frozenset(
-    {
-        "ABDOMEN",
-        "BRAIN",
-        "BREAST",
-        "CHEST",
-        "HAND",
-        "HEAD",
-        "HEART",
-        "HIP",
-        "KNEE",
-        "LIVER",
-        "LUNG",
-        "NECK",
-        "PELVIS",
-        "PROSTATE",
-        "SKULL",
-        "SPINE",
-        "THORAX",
-    }
-)
+def tables(text: str) -> MappingProxyType[str, Table]:
+    """Reads tables as written in the docstring above.
 
-# A code that is not in its set is dropped (or the image is refused where the code is essential).
-CODES: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "SOPClassUID": frozenset(SOP_CLASSES),
-        "Modality": frozenset({"CR", "DX", "MG", "CT", "MR", "PT"}),
-        "PatientSex": frozenset({"M", "F", "O"}),
-        "BodyPartExamined": _BODY_PARTS,
-        "PhotometricInterpretation": frozenset({"MONOCHROME1", "MONOCHROME2"}),
-        "BurnedInAnnotation": frozenset({"NO"}),
-        "VOILUTFunction": frozenset({"LINEAR", "LINEAR_EXACT", "SIGMOID"}),
-    }
-)
+    Raises:
+        ValueError: a row that is not of that form, a tag that is not the keyword's, an element twice in a table.
+    """
+    found: dict[str, list[Element]] = {}
+    rows: list[Element] = []
+    section = ""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.startswith("["):
+            name, section = line[1:].split("] ", 1)
+            rows = found.setdefault(name, [])
+            continue
+        where, keyword, what, kind = line.split()
+        tag = int(where.replace(",", ""), 16)
+        action, *arguments = what.split(":")
+        if keyword_for_tag(tag) != keyword or action not in get_args(Action) or kind not in get_args(Type):
+            raise ValueError(f"not a row of a table: {line}")
+        if tag in {row.tag for row in rows}:
+            raise ValueError(f"twice in a table: {line}")
+        fewest, most = _multiplicity(dictionary_VM(tag), arguments[2:] if action == "number" else ())
+        rows.append(
+            Element(
+                tag, keyword, dictionary_VR(tag), cast(Action, action), tuple(arguments), cast(Type, kind),
+                fewest, most, section.split(" ", 1)[0],
+            )  # fmt: skip
+        )
+    return MappingProxyType({name: tuple(rows) for name, rows in found.items()})
 
-# Word in the header (lower case) -> name that is kept. Any other maker becomes "other".
-# The last two are the pretend makers of the phantom hospitals.
-MAKERS: Mapping[str, str] = MappingProxyType(
-    {
-        "agfa": "Agfa",
-        "canon": "Canon",
-        "carestream": "Carestream",
-        "fujifilm": "Fujifilm",
-        "ge": "GE",
-        "hologic": "Hologic",
-        "kodak": "Kodak",
-        "konica": "Konica",
-        "philips": "Philips",
-        "samsung": "Samsung",
-        "shimadzu": "Shimadzu",
-        "siemens": "Siemens",
-        "toshiba": "Toshiba",
-        "acme": "Acme",
-        "borealis": "Borealis",
-    }
-)
+
+def _multiplicity(stated: str, cap: list[str] | tuple[()]) -> tuple[int, int]:
+    """Fewest and most values from a VM such as 1, 1-2, 2-n or 3-3n."""
+    fewest, _, most = stated.replace(" or 1", "").partition("-")
+    limit = int(cap[0]) if cap else _MANY
+    return int(fewest), limit if most.endswith("n") else int(most or fewest)
