@@ -21,7 +21,7 @@ from fedscan_client import cohort
 from fedscan_client import site as sites
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.ingest import ingest
-from fedscan_client.intake.sources import TableRow, read_table
+from fedscan_client.intake.sources.table import TableRow, read_table
 from fedscan_client.site import Site, Source
 from fedscan_core import accounting
 from fedscan_core.config import RunConfig, SiteRule

@@ -28,7 +28,7 @@ from fedscan_client.intake.consent import read_register
 from fedscan_client.intake.deid import deidentify, pseudonym
 from fedscan_client.intake.pixels import Channels, dicom_image
 from fedscan_client.intake.records import SPLITS, Record, Refused
-from fedscan_client.intake.sources import dicom_files, parse_rows, read_instance, read_text
+from fedscan_client.intake.sources.table import dicom_files, parse_rows, read_instance, read_text
 from fedscan_core.errors import DataError
 
 _IDENTITY = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
