@@ -10,7 +10,7 @@ from pydicom import config as pydicom_config
 
 from fedscan.phantom import draw_hospital, draw_image, draw_patients, phantom_table
 from fedscan_client.intake.pixels import dicom_image, load_image
-from fedscan_client.intake.sources import read_table, row_path
+from fedscan_client.intake.sources.table import read_table, row_path
 
 DAY = date(2026, 1, 15)
 

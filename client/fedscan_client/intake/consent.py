@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from fedscan_client.intake.sources import parse_rows, read_text
+from fedscan_client.intake.sources.table import parse_rows, read_text
 from fedscan_core.errors import ConsentError
 
 _AS_OF = re.compile(r"#\s*as[-_ ]of\s*[:=]?\s*(\S+)\s*", re.IGNORECASE)

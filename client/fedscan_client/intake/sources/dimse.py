@@ -1,0 +1,282 @@
+"""A PACS over DIMSE (PS3.4 annex C, Study Root): C-FIND says what there is, C-MOVE or C-GET brings it.
+
+C-MOVE lets the PACS send to an SCP of ours (`scp.py`) that runs as long as the pull. C-GET brings the instances back on
+our own association, which needs one presentation context for each SOP class and transfer syntax: an association is made
+for the SOP classes of one series at a time, so that each comes as it is stored.
+"""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from ipaddress import ip_network
+from threading import Event
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.uid import AllTransferSyntaxes
+from pynetdicom import AE, AllStoragePresentationContexts, build_role, evt
+from pynetdicom.association import Association
+
+from fedscan_client.intake.sources import scp
+from fedscan_client.intake.sources.pull import Archive, ArchiveError, Instance, Interrupted, Report, Retry, pull, quiet
+from fedscan_client.intake.sources.settings import DimseGet, DimseMove, DimseStore, Peer
+from fedscan_client.intake.sources.spool import Spool
+from fedscan_core.errors import ConfigError
+
+# Study Root Query/Retrieve Information Model
+FIND, MOVE, GET = (f"1.2.840.10008.5.1.4.1.2.2.{number}" for number in (1, 2, 3))
+_UIDS_AT_ONCE = 200  # of one request at IMAGE level
+_CONTEXTS = 128  # of one association (PS3.8 section 9.3.2.2: odd numbers of one byte)
+_AGAIN = "Check that it is running and that host, port and tls in site.toml are right; then run it again."
+
+Contexts = Sequence[tuple[str, Sequence[str]]]
+
+
+def retrieve(
+    settings: DimseMove | DimseGet,
+    spool: Spool,
+    *,
+    known: Callable[[str], bool],
+    progress: Callable[[int, int], None],
+    stop: Event,
+    dry_run: bool = False,
+) -> Report:
+    """Retrieves what is new; see `pull`.
+
+    Raises:
+        ConfigError: our own address cannot be listened on, or a certificate cannot be used.
+        ArchiveError: the PACS refused or could not be reached before anything was found.
+    """
+    quiet()
+    retry = Retry(settings.attempts, settings.retry_seconds, stop)
+    ticks: list[Callable[[], None]] = [lambda: None]  # the one of the series in progress, for the SCP's threads
+    with contextlib.ExitStack() as stack:
+        if isinstance(settings, DimseMove) and not dry_run:
+            stack.enter_context(scp.listening(_destination(settings), spool, scp.Received(), lambda: ticks[0]()))
+        archive = _archive(settings, spool, retry, ticks)
+        return pull(archive, spool, retry, known=known, progress=progress, dry_run=dry_run)
+
+
+def _destination(settings: DimseMove) -> DimseStore:
+    """The SCP that C-MOVE sends to."""
+    senders = settings.senders
+    if not senders:
+        try:
+            addresses = {str(info[4][0]) for info in socket.getaddrinfo(settings.host, None)}
+        except OSError:
+            raise ConfigError(
+                f"The host {settings.host} has no address.", remedy="Correct host in site.toml, or name the senders."
+            ) from None
+        senders = tuple(
+            Peer(ae_title=settings.pacs_ae_title, address=ip_network(address.partition("%")[0]))
+            for address in sorted(addresses)
+        )
+    return DimseStore(
+        kind="dimse-store",
+        ae_title=settings.ae_title,
+        listen_address=settings.listen_address,
+        listen_port=settings.listen_port,
+        allow=senders,
+        tls=settings.tls,
+        timeout_seconds=settings.timeout_seconds,
+    )
+
+
+def _archive(settings: DimseMove | DimseGet, spool: Spool, retry: Retry, ticks: list[Callable[[], None]]) -> Archive:
+    wanted = settings.filter
+
+    def find(level: str, **keys: str) -> list[Dataset]:
+        return _find(settings, level, keys)
+
+    def studies() -> Iterator[str]:
+        seen: set[str] = set()
+        for modality in wanted.modality or ("",):
+            keys = {**wanted.study, "StudyDate": wanted.dates, "ModalitiesInStudy": modality, "StudyInstanceUID": ""}
+            for row in retry(partial(find, "STUDY", **keys)):
+                uid = _text(row, "StudyInstanceUID")
+                if uid not in seen:
+                    seen.add(uid)
+                    yield uid
+
+    def series(study: str) -> Sequence[tuple[str, str]]:
+        rows = find(
+            "SERIES", StudyInstanceUID=study, SeriesInstanceUID="", Modality="", BodyPartExamined="", **wanted.series
+        )
+        return [
+            (_text(row, "SeriesInstanceUID"), _text(row, "Modality"))
+            for row in rows
+            if _one_of(row, "Modality", wanted.modality) and _one_of(row, "BodyPartExamined", wanted.body_part)
+        ]
+
+    def instances(study: str, series: str) -> Sequence[Instance]:
+        rows = find("IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID="", SOPClassUID="")
+        return [Instance(_text(row, "SOPInstanceUID"), _text(row, "SOPClassUID")) for row in rows]
+
+    def fetch(
+        study: str, series: str, missing: Sequence[Instance], whole: bool, attempt: int, tick: Callable[[], None]
+    ) -> set[str]:
+        ticks[0] = tick
+        # Not every PACS answers at IMAGE level: what it did not send that way is asked for with its series.
+        by_series = whole or attempt > 0
+        if isinstance(settings, DimseMove):
+            for uids in _batches(missing, by_series):
+                _move(settings, _identifier(study, series, uids))
+        else:
+            for group in _by_class(missing):
+                for uids in _batches(group, by_series and len(group) == len(missing)):
+                    _get(settings, _identifier(study, series, uids), group, spool, tick)
+        return set()
+
+    return Archive(studies, series, instances, fetch)
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@contextlib.contextmanager
+def _association(
+    settings: DimseMove | DimseGet, contexts: Contexts, patience: float, **more: Any
+) -> Iterator[Association]:
+    """An association with the PACS.
+
+    Raises:
+        ArchiveError: it refuses us; `Interrupted`: it cannot be reached, or is busy.
+    """
+    ae = AE(settings.ae_title)
+    ae.connection_timeout = ae.acse_timeout = settings.timeout_seconds
+    ae.dimse_timeout, ae.network_timeout = patience, patience
+    for abstract, transfer in contexts:
+        if transfer:
+            ae.add_requested_context(abstract, list(transfer))
+        else:
+            ae.add_requested_context(abstract)
+    tls = (scp.client_context(settings.tls), settings.host) if settings.tls else None
+    association = ae.associate(
+        settings.host, settings.port, ae_title=settings.pacs_ae_title, tls_args=tls, max_pdu=1 << 17, **more
+    )
+    if association.is_rejected:
+        answer = association.acceptor.primitive
+        if answer is not None and answer.result == 0x02:
+            raise Interrupted("The PACS has no association free at the moment.", remedy=_AGAIN)
+        raise ArchiveError(
+            f"The PACS {settings.pacs_ae_title} refuses the AE title {settings.ae_title}.",
+            remedy="Ask its administrator to enter ours with this machine's address; check pacs_ae_title.",
+        )
+    if not association.is_established:
+        raise Interrupted("The PACS cannot be reached, or broke off.", remedy=_AGAIN)
+    try:
+        if not association.accepted_contexts or association.accepted_contexts[0].abstract_syntax != contexts[0][0]:
+            raise ArchiveError(
+                "The PACS does not offer us what was asked of it (C-FIND, C-MOVE or C-GET).",
+                remedy="Ask its administrator to allow it for our AE title, or use another kind of source.",
+            )
+        yield association
+        association.release()
+    finally:
+        if association.is_established:
+            association.abort()
+
+
+def _find(settings: DimseMove | DimseGet, level: str, keys: dict[str, str]) -> list[Dataset]:
+    query = Dataset()
+    query.QueryRetrieveLevel = level
+    for keyword, value in keys.items():
+        setattr(query, keyword, value)
+    rows = []
+    with _association(settings, [(FIND, ())], settings.timeout_seconds) as association:
+        for status, row in association.send_c_find(query, FIND):
+            code = status.get("Status")
+            if code is None:
+                raise Interrupted("The PACS broke off a query.", remedy=_AGAIN)
+            if code in (0xFF00, 0xFF01):
+                rows.append(row if row is not None else Dataset())
+            elif code == 0xA700:
+                raise ArchiveError(
+                    "The PACS finds more than it can list.",
+                    remedy="Ask for less with study_date_from and study_date_to.",
+                )
+            elif code != 0x0000:
+                raise ArchiveError(
+                    f"The PACS refuses a query at {level} level (status 0x{code:04X}).",
+                    remedy="Check the filter in site.toml, and ask its administrator what our AE title may query.",
+                )
+    return rows
+
+
+def _move(settings: DimseMove, query: Dataset) -> None:
+    with _association(settings, [(MOVE, ())], settings.move_timeout_seconds) as association:
+        for status, _ in association.send_c_move(query, settings.ae_title, MOVE):
+            _check(status, settings)
+
+
+def _get(settings: DimseGet, query: Dataset, group: Sequence[Instance], spool: Spool, tick: Callable[[], None]) -> None:
+    classes = {each.sop_class for each in group}
+    contexts: list[tuple[str, Sequence[str]]]
+    if all(classes):
+        contexts = [(uid, (syntax,)) for uid in sorted(classes) for syntax in AllTransferSyntaxes]
+    else:  # the PACS did not say what they are: it has to choose one transfer syntax for each class there is
+        storage = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
+        contexts = [(uid, AllTransferSyntaxes) for uid in storage[: _CONTEXTS - 1]]
+    roles = [build_role(uid, scp_role=True) for uid in sorted({uid for uid, _ in contexts})]
+    handlers = [(evt.EVT_C_STORE, scp.storing(spool, scp.Received(), tick))]
+    with _association(
+        settings, [(GET, ()), *contexts], settings.timeout_seconds, ext_neg=roles, evt_handlers=handlers
+    ) as association:
+        for status, _ in association.send_c_get(query, GET):
+            _check(status, settings)
+
+
+def _check(status: Dataset, settings: DimseMove | DimseGet) -> None:
+    """What the PACS says about a retrieval; whether instances came is looked up in the spool, not here."""
+    code = status.get("Status")
+    if code is None:
+        raise Interrupted("The PACS broke off a retrieval.", remedy=_AGAIN)
+    if code == 0xA801:
+        raise ArchiveError(
+            f"The PACS does not know where to send to: it has no address for the AE title {settings.ae_title}.",
+            remedy="Ask its administrator to enter it with this machine's address and listen_port.",
+        )
+
+
+def _identifier(study: str, series: str, uids: Sequence[str]) -> Dataset:
+    """All of a series, or these instances of it."""
+    query = Dataset()
+    query.QueryRetrieveLevel = "IMAGE" if uids else "SERIES"
+    query.StudyInstanceUID, query.SeriesInstanceUID = study, series
+    if uids:
+        query.SOPInstanceUID = list(uids)
+    return query
+
+
+def _batches(missing: Sequence[Instance], by_series: bool) -> Iterator[Sequence[str]]:
+    if by_series:
+        yield ()
+        return
+    for start in range(0, len(missing), _UIDS_AT_ONCE):
+        yield [each.uid for each in missing[start : start + _UIDS_AT_ONCE]]
+
+
+def _by_class(missing: Sequence[Instance]) -> list[list[Instance]]:
+    """Groups of as many SOP classes as one association has room for."""
+    classes = sorted({each.sop_class for each in missing})
+    if not all(classes):
+        return [list(missing)]
+    room = (_CONTEXTS - 1) // len(AllTransferSyntaxes)
+    return [
+        [each for each in missing if each.sop_class in classes[start : start + room]]
+        for start in range(0, len(classes), room)
+    ]
+
+
+def _text(row: Dataset, keyword: str) -> str:
+    """A value as text, "" if there is none or it is not one."""
+    try:
+        value = row.get(keyword, "")
+        return str(value).strip() if value else ""
+    except Exception:  # pydicom decodes on access, and what a PACS sends can make it raise anything
+        return ""
+
+
+def _one_of(row: Dataset, keyword: str, wanted: Sequence[str]) -> bool:
+    return not wanted or _text(row, keyword) in wanted
