@@ -7,6 +7,8 @@
            ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
            outbox/         the last noisy answer, kept until the next one is there
            released.jsonl  what left, by hash
+           withdrawals.jsonl  who withdrew, by keyed HMAC, and what was destroyed
+           eligible.sqlite    who was eligible for which run, by keyed HMAC
            site.log        everything that may depend on patients: never leaves
 
 A pretend site of a simulation and a deployed one are the same thing to every line of code below this one.
@@ -19,6 +21,7 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedscan_client.consent import Settings as ConsentSettings
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
 from fedscan_core.config import NAME_PATTERN
@@ -39,7 +42,7 @@ class Site(BaseModel):
     """One hospital. `patients_declared` is typed by a person and constant for the ledger.
 
     `counter` is the file that notices an older copy of the ledger; on another disk than the folder it outlives a
-    restored backup. Default: FOLDER/ledger.counter.
+    restored backup. Default: FOLDER/ledger.counter. `consent` says where the hospital's consent register is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,7 @@ class Site(BaseModel):
     source: Source
     policy: Policy
     counter: Path | None = None
+    consent: ConsentSettings | None = None
     folder: Path = Field(exclude=True)
 
     @property

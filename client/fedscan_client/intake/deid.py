@@ -30,7 +30,7 @@ from pydicom.valuerep import DSfloat
 from fedscan_client.intake import headers
 from fedscan_client.intake.pixels import decode
 from fedscan_client.intake.profile import CODES, MAKERS, PROFILE, VERSION
-from fedscan_client.intake.records import Refused
+from fedscan_client.intake.records import PatientId, Refused
 from fedscan_core.errors import DataError
 
 KEY_BYTES = 32
@@ -59,6 +59,15 @@ def pseudonym(key: bytes, domain: str, value: str) -> str:
         )
     message = domain.encode() + b"\0" + value.encode()
     return hmac.new(key, b"fedscan pseudonym 1\0" + message, hashlib.sha256).hexdigest()[:32]
+
+
+def patient_name(key: bytes, patient: PatientId) -> str:
+    """The keyed name under which everything about a patient is kept: `pseudonym` of issuer and id.
+
+    Raises:
+        DataError: the key is too short.
+    """
+    return pseudonym(key, "pid", f"{patient.issuer}\0{patient.id}" if patient.issuer else patient.id)
 
 
 def pseudonymous_uid(key: bytes, uid: str) -> str:

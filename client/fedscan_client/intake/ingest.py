@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from fedscan_client import consent
 from fedscan_client.intake import cache, headers
-from fedscan_client.intake.consent import read_register
-from fedscan_client.intake.deid import deidentify, pseudonym
+from fedscan_client.intake.deid import deidentify, patient_name
 from fedscan_client.intake.pixels import Channels, dicom_image
-from fedscan_client.intake.records import SPLITS, Record, Refused
+from fedscan_client.intake.records import SPLITS, PatientId, Record, Refused
 from fedscan_client.intake.sources import dicom_files, parse_rows, read_instance, read_text
 from fedscan_core.errors import DataError
 
@@ -94,7 +94,7 @@ def ingest(
 
     Args:
         source_dir: folder with DICOM files, any depth and names.
-        consent_csv: the consent register, see `consent.read_register`.
+        consent_csv: the consent register, see `consent.lists`.
         labels_csv: see the module's docstring.
         image_size: (rows, columns) of the cached images.
         site_key: the site's secret, at least 32 bytes; makes pseudonyms and protects the cache.
@@ -108,10 +108,11 @@ def ingest(
         DataError: no usable labels, no file in the source, a cache of another key, or a key that is
             too short.
     """
-    register = read_register(consent_csv, as_of=as_of or date.today(), max_age_days=max_age_days)
-    cleared = {pseudonym(site_key, "pid", patient) for patient in register.permitted}
+    settings = consent.Settings(kind="register", path=consent_csv.absolute(), max_age_days=max_age_days)
+    register = consent.load(settings, site_key, site_folder=out.parent, today=as_of or date.today())
     # Withdrawals first: whatever happens later in this run, they have been honoured.
-    destroyed = sum(cache.destroy_patient(out, name) for name in cache.patients(out) if name not in cleared)
+    gone = [name for name in cache.patients(out) if not register.decide(name).permit]
+    destroyed = sum(cache.destroy_patient(out, name) for name in gone)
     labels = _read_labels(labels_csv)
 
     counts: Counter[str] = Counter()
@@ -123,7 +124,8 @@ def ingest(
 
     accepted: set[str] = set()
     for patient, entries in sorted(by_patient.items()):
-        if not register.permits(patient):
+        name = patient_name(site_key, PatientId(patient))
+        if not register.decide(name).permit:
             counts["no_consent"] += len(entries)
             continue
         images: dict[str, tuple[dict[str, Any], NDArray[np.float32]]] = {}
@@ -146,7 +148,6 @@ def ingest(
             seen.add(entry.instance)
             images[clean.SOPInstanceUID] = (_meta(clean, *label), image)
         if images:
-            name = pseudonym(site_key, "pid", patient)
             cache.write_patient(out, site_key, name, _payload(images, patient))
             counts["accepted"] += len(images)
             accepted.add(name)
