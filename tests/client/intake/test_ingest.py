@@ -137,7 +137,7 @@ def test_pixels_of_a_patient_without_consent_are_never_decoded(cr_instance, save
 
 def test_no_register_means_that_nothing_is_read(hospital, tmp_path, monkeypatch):
     monkeypatch.setattr("fedscan_client.intake.ingest.read_instance", lambda *a, **k: 1 / 0)
-    for changes in ({"consent_csv": tmp_path / "none.csv"}, {"max_age_days": -1}):
+    for changes in ({"consent_csv": tmp_path / "none.csv"}, {"as_of": date(2027, 1, 1)}):
         with pytest.raises(ConsentError):
             run(hospital, tmp_path / "cache", **changes)
     assert not (tmp_path / "cache").exists()
