@@ -39,7 +39,7 @@ def head(path: Path) -> str:
 def exclusive(path: Path) -> Iterator[None]:
     """Holds the file against other processes; the lock dies with the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "a") as lock:
+    with open(path.with_name(path.name + ".lock"), "a", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -4,6 +4,7 @@
     ├── ConfigError         RUN.toml, site.toml or --set holds something wrong
     ├── DataError           images, tables, labels or DICOM that cannot be used as they are
     ├── ConsentError        no usable consent register: nothing may be read
+    ├── SiteKeyError        the site's key is missing, damaged, readable by others, or not the one its files belong to
     ├── PrivacyError        the guarantee would be broken or cannot be reached
     │   ├── BudgetError     the ledger has not enough left for this run
     │   ├── RecordDamaged   a ledger or record of releases was changed, or a release was asked for in a wrong way
@@ -48,6 +49,10 @@ class DataError(FedscanError):
 
 class ConsentError(FedscanError):
     """No usable consent register."""
+
+
+class SiteKeyError(FedscanError):
+    """The site's key is missing, damaged, readable by others, or another one: nothing was written with it."""
 
 
 class PrivacyError(FedscanError):
