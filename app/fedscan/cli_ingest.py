@@ -2,7 +2,6 @@
 
 import argparse
 import json
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +111,7 @@ def show(here: "Site", report: "Report", console: "Console") -> None:
 
 def _samples(here: "Site", count: int, console: "Console") -> None:
     """Headers before and after, on the terminal of the hospital only."""
+    from rich.markup import escape
     from rich.table import Column, Table
 
     from fedscan_client.intake import samples
@@ -119,8 +119,9 @@ def _samples(here: "Site", count: int, console: "Console") -> None:
     for number, rows in enumerate(samples.headers(here, count), 1):
         table = Table("element", *(Column(name, overflow="fold") for name in ("before", "after")))
         table.title, table.title_justify = f"Sample {number}: what the header becomes", "left"
-        for _, keyword, before, after in rows:
-            table.add_row(keyword, before, after or "[dim]gone[/dim]")
+        for row in rows:
+            after = "[dim]gone[/dim]" if row.after is None else escape(row.after)
+            table.add_row(row.keyword or row.tag, escape(row.before or ""), after)
         console.print(table)
 
 

@@ -1,7 +1,7 @@
 """A research table written as DICOM: real pixels, invented identities. For trying the hospital's door with real images.
 
-Every patient of the table becomes a phantom person with a name, a number, dates and comments that the de-identification
-has to find; sex and age are the table's. Every image becomes a study with one DX instance, whose window shows the pixels
+Every patient of the table becomes a phantom person with a name, a number, dates and comments for the de-identification
+to find; sex and age are the table's. Every image becomes a study with one DX instance, whose window shows the pixels
 as the table's loader scales them. Do not use it on images whose identity is a secret: it hides nothing.
 """
 

@@ -151,7 +151,8 @@ def _cohort(here: Site, run: RunConfig, split: str, register: Register | None, r
         patients = patients.only(
             lambda name, until: register.decide(name.partition("/")[0]).permit and (until is None or today <= until)
         )
-        eligible.record(here.folder, run_id, run.model.name, patients.ids)
+        names = {name.partition("/")[0] for name in patients.ids}  # an image's id begins with its patient's
+        eligible.record(here.folder, run_id, run.model.name, names)
     return patients
 
 
@@ -165,10 +166,10 @@ class Refused(Exception):
 
 def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     run = config.from_server(request.config)
-    if here.consent is None and not here.policy.research_cohort:
-        raise Refused("this site has no consent register")
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan)
+    if reason is None and here.consent is None and not here.policy.research_cohort:
+        reason = "this site has no consent register"
     if reason is not None:
         raise Refused(reason)
     return run, plan

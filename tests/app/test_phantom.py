@@ -9,7 +9,8 @@ import pytest
 from pydicom import config as pydicom_config
 
 from fedscan.phantom import draw_hospital, draw_image, draw_patients, phantom_table
-from fedscan_client.intake.pixels import dicom_image, load_image
+from fedscan_client.intake import render, stack
+from fedscan_client.intake.pictures import load_image
 from fedscan_client.intake.sources.table import read_table, row_path
 
 DAY = date(2026, 1, 15)
@@ -92,7 +93,8 @@ def test_monochrome1_shows_the_same_kind_of_picture(hospital):
     middle: dict[str, list[float]] = {"MONOCHROME1": [], "MONOCHROME2": []}
     for ds in headers(hospital):
         if ds.Modality == "CR":
-            image = dicom_image(ds, (64, 64), 1)[0]
+            ((volume, _),) = stack.assemble([ds])
+            image = render.render(volume, window="header", size=(64, 64), channels=1)[0, 0]
             # The spine is brighter than the air beside the body, whatever the stored polarity.
             assert image[20:50, 30:34].mean() > image[:10, :4].mean() + 0.2
             middle[ds.PhotometricInterpretation].append(image.mean())

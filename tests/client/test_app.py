@@ -251,7 +251,7 @@ def test_what_may_not_leave_is_stopped_at_the_door(here, run, monkeypatch):
 
 
 def test_an_image_that_cannot_be_decoded_does_not_stop_a_round(here, run):
-    (here.source.folder / "canary-file-10.png").write_bytes(b"no picture")
+    (here.table / "canary-file-10.png").write_bytes(b"no picture")
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "ok"
     assert "canary-file-10" in (here.folder / "site.log").read_text()
 

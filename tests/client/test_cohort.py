@@ -1,17 +1,21 @@
 """Patients as tensors: who is in, in which order, and that one bad image spoils itself only."""
 
 import csv
-from typing import Any
+from datetime import date
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from fedscan_client import cohort
+from fedscan_client import cohort, keys
 from fedscan_client.cohort import TABLE, load_patients, split_of
-from fedscan_client.intake import pixels
-from fedscan_client.site import Source
+from fedscan_client.intake import cache, pictures, render
+from fedscan_client.intake.cache import Entry
+from fedscan_client.intake.records import Volume, Window
+from fedscan_client.intake.sources.settings import Folder
 from fedscan_core.errors import DataError
 from fedscan_models import registry, scatter
 
@@ -39,7 +43,7 @@ def edit(site, change):
 
 
 def picture(site, seed):
-    return pixels.load_image(site.source.folder / f"canary-file-{seed}.png", size=(16, 16), channels=1)
+    return pictures.load_image(site.table / f"canary-file-{seed}.png", size=(16, 16), channels=1)
 
 
 @pytest.mark.parametrize(("text", "index"), [("well", 0), ("ill", 1), ("0", 0), ("1", 1), ("1.0", 1)])
@@ -115,7 +119,7 @@ def test_an_image_that_cannot_be_used_spoils_itself_only(make_site, make_run, tm
 @pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", None], ids=["empty", "header only", "half"])
 def test_a_damaged_picture_is_left_out(make_site, make_run, tmp_path, data):
     site = make_site(tmp_path / "s", rows=ROWS)
-    path = site.source.folder / "canary-file-3.png"
+    path = site.table / "canary-file-3.png"
     path.write_bytes(path.read_bytes()[:60] if data is None else data)
     patients = load_patients(site, make_run(), "train")
     assert patients.ids == ("a", "b") and len(patients.inputs) == 4 and len(patients.left_out) == 1
@@ -131,7 +135,7 @@ def test_nobody_left(make_site, make_run, tmp_path):
 def test_npz_rows(make_site, make_run, tmp_path):
     site = make_site(tmp_path / "s", rows=ROWS)
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16), np.uint8)
-    np.savez(site.source.folder / "all.npz", images=images)
+    np.savez(site.table / "all.npz", images=images)
     edit(site, lambda n, row: row.update(file="all.npz", index=str(5 - n)))
     patients = load_patients(site, make_run(), "train")
     assert np.allclose(patients.inputs[:, 0].numpy(), images[[4, 1, 5, 3, 2]] / np.float32(255))
@@ -144,7 +148,7 @@ def test_fixed_features_are_those_of_each_image_alone(make_site, make_run, tmp_p
     inputs = load_patients(site, run, "train").inputs
     assert len(inputs) == 70
     for number in (0, 63, 64, 69):
-        image = pixels.load_image(site.source.folder / f"canary-file-{number}.png", size=(32, 32), channels=1)
+        image = pictures.load_image(site.table / f"canary-file-{number}.png", size=(32, 32), channels=1)
         assert torch.equal(inputs[number], scatter.features(torch.from_numpy(image[None]))[0])
 
 
@@ -182,31 +186,98 @@ def test_a_network_has_its_weights_from_the_seed_and_its_trainable_part(make_run
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_site, make_run, tmp_path):
-    from fedscan_client.intake import cache
+SECRET = keys.SiteKey(bytes(range(32)), bytes(range(32, 64)))
 
-    site = make_site(tmp_path / "s", rows=[])
-    key = bytes(range(32))
-    (site.folder / "key").write_bytes(key)
-    pseudonyms = [f"{n:032x}" for n in range(12)]
-    for number, name in enumerate(pseudonyms):
-        images = np.random.default_rng(number).random((2, 1, 16, 16), np.float32)
-        meta: dict[str, Any] = {
-            "label": "ill",
-            "split": "test" if number == 0 else "",
-            "sex": "",
-            "age": None,
-            "group": {},
-        }
-        cache.write_patient(site.folder / "cache", key, name, cache.Payload({"images": images}, [meta, meta]))
-    site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
+
+def cached_site(make_site, folder, patients):
+    """A site whose cohort is the cache: pseudonym -> (entry changes, values) of its images."""
+    site = make_site(folder, rows=[])
+    keys.put(site.folder, site.key, SECRET, "test")
+    site = site.model_copy(update={"source": {"source": Folder(kind="folder", folder=folder / "pacs")}})
+    for name, images in patients.items():
+        made = [
+            (
+                Entry(
+                    str(n),
+                    "s",
+                    **({"label": "ill", "split": "", "sex": "", "age": None} | changes),
+                    group={},
+                    digest="",
+                ),
+                it,
+            )
+            for n, (changes, it) in enumerate(images)
+        ]
+        cache.write_patient(site.cache, SECRET, name, made, consent_until=date(2030, 1, int(name, 16) % 28 + 1))
+    return site
+
+
+def radiograph(seed, **changes):
+    values = np.random.default_rng(seed).integers(0, 256, (1, 16, 16), np.uint8)
+    return Volume(**({"values": values, "modality": "DX", "windows": (Window(128, 256),)} | changes))
+
+
+def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_site, make_run, tmp_path):
+    names = [f"{n:032x}" for n in range(12)]
+    patients = {
+        name: [({"split": "test" if n == 0 else ""}, radiograph(2 * n)), ({}, radiograph(2 * n + 1))]
+        for n, name in enumerate(names)
+    }
+    patients[names[0]] = [({"split": "test"}, radiograph(0)), ({"split": "test"}, radiograph(1))]
+    site = cached_site(make_site, tmp_path / "s", patients)
     found = {split: load_patients(site, make_run(), split).ids for split in ("train", "val", "test")}
-    for number, name in enumerate(pseudonyms):
-        assert name in found["test" if number == 0 else split_of(key, name)]
+    for number, name in enumerate(names):
+        assert name in found["test" if number == 0 else split_of(SECRET.names, name)]
     assert sum(map(len, found.values())) == 12
-    patients = load_patients(site, make_run(), "train")
-    first = np.random.default_rng(pseudonyms.index(patients.ids[0])).random((2, 1, 16, 16), np.float32)
-    assert torch.equal(patients.inputs[:2], torch.from_numpy(first))
+    loaded = load_patients(site, make_run(), "train")
+    first = names.index(loaded.ids[0])
+    for row in range(2):
+        shown = radiograph(2 * first + row).values[0].astype(np.float64) / 255
+        assert np.allclose(loaded.inputs[row, 0].numpy(), shown, atol=1e-6)
+    assert loaded.until[0] == date(2030, 1, first % 28 + 1)
+
+
+def test_a_stack_is_as_many_images_as_it_has_slices_and_the_run_chooses_the_window(make_site, make_run, tmp_path):
+    values = np.arange(5 * 16 * 16, dtype=np.int16).reshape(5, 16, 16) - 600
+    ct = Volume(values, "CT", windows=(Window(0, 100),))
+    name = f"{7:032x}"
+    site = cached_site(make_site, tmp_path / "s", {name: [({"split": "train"}, ct)]})
+    for window in ("header", "full", (-100.0, 300.0)):
+        run = make_run(task={"window": window, "modality": "CT"})
+        loaded = load_patients(site, run, "train")
+        assert loaded.ids == (name,) and loaded.inputs.shape == (5, 1, 16, 16) and len(loaded.targets) == 5
+        assert np.array_equal(loaded.inputs, render.render(ct, window=run.task.window, size=(16, 16), channels=1))
+    assert len(load_patients(site, make_run(task={"modality": "MR"}), "train")) == 0
+
+
+def test_what_is_destroyed_leaves_the_memory_too(make_site, make_run, tmp_path):
+    names = [f"{n:032x}" for n in range(3)]
+    site = cached_site(make_site, tmp_path / "s", {n: [({"split": "train"}, radiograph(1))] for n in names})
+    assert load_patients(site, make_run(), "train").ids == tuple(names)
+    assert load_patients(site, make_run(), "train") is load_patients(site, make_run(), "train")
+    cache.destroy_patient(site.cache, names[1])
+    assert load_patients(site, make_run(), "train").ids == (names[0], names[2])
+    assert len(cohort._MEMORY) == 1
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.data())
+def test_only_keeps_the_rows_of_those_it_keeps(sizes, data):
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    rows, ids = int(offsets[-1]), tuple(f"p{n}" for n in range(len(sizes)))
+    everybody = cohort.Patients(
+        torch.arange(rows)[:, None].float(),
+        torch.arange(rows),
+        offsets,
+        ids,
+        groups=tuple(("F", n) for n in range(rows)),
+    )
+    kept = data.draw(st.sets(st.sampled_from(ids)))
+    some = everybody.only(lambda name, until: name in kept and until is None)
+    expected = [row for p, name in enumerate(ids) if name in kept for row in range(offsets[p], offsets[p + 1])]
+    assert some.targets.tolist() == expected == some.inputs[:, 0].long().tolist()
+    assert some.ids == tuple(name for name in ids if name in kept)
+    assert np.diff(some.offsets).tolist() == [size for size, name in zip(sizes, ids, strict=True) if name in kept]
+    assert [age for _, age in some.groups] == expected
 
 
 @pytest.mark.parametrize("size", [[33, 47], [50, 50], [37, 41], [64, 64]])
@@ -223,20 +294,16 @@ def test_features_do_not_depend_on_who_else_is_in_the_cohort(make_site, make_run
         assert torch.equal(everybody.inputs[kept], fewer.inputs)
 
 
-def test_a_cache_that_does_not_fit_leaves_images_out_and_raises_nothing(make_site, make_run, tmp_path):
-    from fedscan_client.intake import cache
-
-    site, key = make_site(tmp_path / "site"), bytes(range(32))
-    (site.folder / "key").write_bytes(key)
-    site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
+def test_a_cache_that_is_damaged_leaves_images_out_and_raises_nothing(make_site, make_run, tmp_path):
+    names = [f"{n:032x}" for n in range(3)]
+    site = cached_site(make_site, tmp_path / "s", {})
     assert len(cohort.load_patients(site, make_run(), "train")) == 0  # no cache at all
-    cohort.forget()
-    meta: dict[str, Any] = {"label": "ill", "split": "train", "sex": "", "age": None, "group": {}}
-    for number, side in enumerate([16, 16, 20]):
-        images = np.zeros((1, 1, side, side), np.float32)
-        cache.write_patient(site.folder / "cache", key, f"{number:032x}", cache.Payload({"images": images}, [meta]))
-    altered = site.folder / "cache" / "patients" / f"{1:032x}.enc"
-    altered.write_bytes(altered.read_bytes()[:-1])
+    for n in names:
+        entry = Entry("0", "s", "ill", "train", "", None, {}, "")
+        cache.write_patient(site.cache, SECRET, n, [(entry, radiograph(1))])
+    (image,) = (site.cache / "patients" / names[1]).glob("*.img")
+    image.write_bytes(image.read_bytes()[:-1])
+    index = site.cache / "patients" / names[2] / cache.INDEX
+    index.write_bytes(index.read_bytes()[:-1])
     found = cohort.load_patients(site, make_run(), "train")
-    assert found.ids == (f"{0:032x}",)
-    assert len(found.left_out) == 2
+    assert found.ids == (names[0],) and len(found.left_out) == 2

@@ -7,15 +7,16 @@ import pytest
 from fedscan_client import site
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
-from fedscan_client.site import Site, Source
+from fedscan_client.intake.sources.settings import Table
+from fedscan_client.site import Site
 from fedscan_core.errors import ConfigError
 
 GOOD = """\
 name = "north"
 patients_declared = 120
 [source]
-kind = "cache"
-folder = "/srv/cache"
+kind = "folder"
+folder = "/srv/images"
 [policy]
 max_epsilon = 8.0
 max_delta = 1e-5
@@ -27,13 +28,13 @@ def test_round_trip(tmp_path):
     here = Site(
         name="north",
         patients_declared=120,
-        source=Source(kind="table", folder=Path("/data")),
+        source={"source": Table(kind="table", folder=Path("/data"))},
         policy=policy,
         folder=tmp_path / "a",
     )
     site.save(here)
     assert site.load(tmp_path / "a") == here
-    assert "folder" not in (tmp_path / "a" / site.FILE).read_text().split("[source]")[0]
+    assert str(tmp_path) not in (tmp_path / "a" / site.FILE).read_text()
     (tmp_path / "a").rename(tmp_path / "b")  # a site can be moved
     assert site.load(tmp_path / "b").book == Book(tmp_path / "b" / "ledger.sqlite", tmp_path / "b" / "ledger.counter")
 
@@ -59,12 +60,12 @@ def test_what_the_hospital_does_not_say_is_strict(tmp_path):
         ('"north"', '""', "name"),
         ("120", "-1", "patients_declared"),
         ("120", '"many"', "patients_declared"),
-        ('"cache"', '"disk"', "source.kind"),
+        ('kind = "folder"', 'kind = "folder"\nsettle_seconds = -1', "source.settle_seconds"),
         ("max_epsilon = 8.0\n", "", "policy.max_epsilon"),
         ("max_epsilon = 8.0", 'max_epsilon = 8.0\ngate = "pld"', "policy.gate"),
         ("max_epsilon = 8.0", "max_epsilon = 8.0\nmin_noise_multipler = 2.0", "policy.min_noise_multipler"),
         ('name = "north"', 'name = "north"\nmax_epsilon = 1', "max_epsilon"),
-        ('folder = "/srv/cache"', 'folder = "/srv/cache"\nsecret = 1', "source.secret"),
+        ('folder = "/srv/images"', 'folder = "/srv/images"\nsecret = 1', "source.secret"),
     ],
 )
 def test_a_wrong_or_unknown_key_is_named(tmp_path, old, new, key):
@@ -81,4 +82,19 @@ def test_a_file_that_cannot_be_read(tmp_path, text):
     if text:
         (tmp_path / site.FILE).write_text(text)
     with pytest.raises(ConfigError, match="cannot be read"):
+        site.load(tmp_path)
+
+
+def test_sources_may_have_names_and_a_table_stands_alone(tmp_path):
+    two = GOOD.replace("[source]", "[source.archive]").replace(
+        "[policy]", '[source.routed]\nkind = "folder"\nfolder = "in"\n[policy]'
+    )
+    (tmp_path / site.FILE).write_text(two)
+    here = site.load(tmp_path / site.FILE)  # the file itself will do
+    assert set(here.source) == {"archive", "routed"} and here.table is None
+    assert here.source["routed"].folder == tmp_path / "in"  # from the site's folder
+    site.save(here)
+    assert site.load(tmp_path) == here
+    (tmp_path / site.FILE).write_text(two.replace('kind = "folder"\nfolder = "in"', 'kind = "table"\nfolder = "in"'))
+    with pytest.raises(ConfigError, match="stands alone"):
         site.load(tmp_path)

@@ -326,7 +326,7 @@ def test_images_that_cannot_be_decoded_change_nothing_but_the_noise(make_run, ma
     rows = [(f"p{i // 2}", ("well", "ill")[i // 2 % 2], "train", i) for i in range(8)]
     whole, fewer = make_site(tmp_path / "a", rows=rows), make_site(tmp_path / "b", rows=rows[:2] + rows[4:])
     for seed in (2, 3):
-        (whole.source.folder / f"canary-file-{seed}.png").write_bytes(b"no picture")
+        (whole.table / f"canary-file-{seed}.png").write_bytes(b"no picture")
     updates = []
     for site in (whole, fewer):
         patients = cohort.load_patients(site, run, "train")

@@ -9,7 +9,6 @@ import datetime
 import functools
 import hashlib
 import hmac
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,8 +113,14 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
             if element.type not in ("2", "2c"):
                 continue
             value = Sequence() if element.vr == "SQ" else ""
-        out.add(DataElement(BaseTag(element.tag), _vr(element.vr, value), value))
+        out.add(made(element.tag, _vr(element.vr, value), value))
     return out
+
+
+def made(tag: int, vr: str, value: Any) -> DataElement:
+    """An element whose value our own code made; a single one needs none of pydicom's checks, which take their time."""
+    plain = isinstance(value, str | int | float) and vr not in ("PN", "UI", "IS")
+    return DataElement(BaseTag(tag), vr, value, already_converted=plain)
 
 
 def _vr(stated: str, value: Any) -> str:
@@ -176,7 +181,7 @@ def _date(found: Any, _element: Element, given: Secrets) -> Any:
 def _code(found: Any, element: Element, _given: Secrets) -> Any:
     """Of a fixed number of values all must be known; of any number the known ones stay."""
     values = [str(value).strip() for value in _values(found)]
-    known = [value for value in values if value in CODES[element.keyword]]
+    known = [value for value in values if value in CODES[element.keyword]] or list(element.arguments)
     return _fitting(known, element) if element.fewest == 1 or known == values else None
 
 
@@ -231,8 +236,8 @@ def _pointer(found: Any, element: Element, _given: Secrets) -> Any:
 def _items(found: Any, element: Element, given: Secrets) -> Any:
     if not isinstance(found, Sequence):
         return None
-    made = (apply(item, TABLES[element.arguments[0]], given) for item in found)
-    kept = [item for item in made if item is not None and ("LUTData" not in item or _whole(item))]
+    items = (apply(item, TABLES[element.arguments[0]], given) for item in found)
+    kept = [item for item in items if item is not None and ("LUTData" not in item or _whole(item))]
     return Sequence(kept) if kept else None
 
 
@@ -254,7 +259,8 @@ def _codes(found: Any, element: Element, given: Secrets) -> Any:
 def coded(value: str, scheme: str, meaning: str, item: Dataset | None = None) -> Dataset:
     """An item of a code sequence (PS3.3 8.8)."""
     item = item or Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    for tag, vr, text in ((0x00080100, "SH", value), (0x00080102, "SH", scheme), (0x00080104, "LO", meaning)):
+        item.add(made(tag, vr, text))
     return item
 
 

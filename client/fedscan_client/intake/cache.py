@@ -22,11 +22,11 @@ readers need none.
 import contextlib
 import hashlib
 import json
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
-from os import fsync
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,12 @@ def write_patient(
     folder: Path,
     key: SiteKey,
     pid: str,
-    patient: Patient,
-    values: Callable[[Entry], NDArray[Any] | Volume | None],
+    images: Iterable[tuple[Entry, NDArray[Any] | Volume | None]],
+    *,
+    consent_until: date | None = None,
+    basis: str = "",
 ) -> Patient:
-    """Writes or replaces one patient, one image at a time; the same again changes no byte.
+    """Writes or replaces one patient, one image at a time; the same again changes no byte. No image: no patient.
 
     New images are written under new names, then the index, then what it does not list is removed: whenever it is
     stopped, the patient is there whole, as before or as now.
@@ -219,10 +221,11 @@ def write_patient(
         folder: the cache.
         key: the site's.
         pid: the patient's pseudonym.
-        patient: what is kept.
-        values: called once for each entry, in order. An array: written anew. A Volume: the same, and it replaces what
-            the entry says of it. None: the file that is there is kept, with what was noted of its pixels. An
-            exception of its own leaves the patient as before. It must not write to the cache.
+        images: each entry with its image. An array: written anew. A Volume: the same, and it replaces what the entry
+            says of it. None: the file that is there is kept, with what was noted of its pixels. They are taken one by
+            one; an exception on the way leaves the patient as before. Making them must not write to the cache.
+        consent_until: last day of the consent.
+        basis: see `Patient`.
 
     Returns:
         The patient as kept: with dtype and shape of every image.
@@ -232,9 +235,8 @@ def write_patient(
         Damaged: a file of this patient was altered, or None was given for an image that is not there.
         FolderError: the disk is full, or the folder cannot be written.
     """
-    if len({entry.id for entry in patient.entries}) < len(patient.entries):
-        raise DataError(f"Two images of patient {pid} have the same id.", remedy="Give every image its own.")
     place, key_file = _place(folder, pid), cache_keys.key_path(folder, pid)
+    written: dict[str, _Image] = {}
     with cache_keys.locked(folder):
         cache_keys.claim(folder, key)
         if not key_file.exists():  # first, so that there never is data without a key
@@ -244,16 +246,22 @@ def write_patient(
         there = (place / INDEX).exists()
         before = open_patient(folder, key, pid) if there else _nothing(folder, key, pid)
         try:
-            images = {entry.id: _write_image(before, entry, values(entry)) for entry in patient.entries}
+            for entry, values in images:
+                if entry.id in written:
+                    raise DataError(f"Two images of patient {pid} have one id.", remedy="Give every image its own.")
+                written[entry.id] = _write_image(before, entry, values)
         except BaseException:
             _clear(place, before._images)
             raise
-        after = replace(patient, entries=tuple(image.entry for image in images.values()))
-        if not there or images != before._images or after != before.patient:
+        after = Patient(tuple(image.entry for image in written.values()), consent_until, basis)
+        if written and (not there or written != before._images or after != before.patient):
             with cache_keys.writing(folder):
                 sync_folder(place)
-                write_atomic(place / INDEX, _sealed_index(before, after, images))
-        _clear(place, images)
+                write_atomic(place / INDEX, _sealed_index(before, after, written))
+        if written:
+            _clear(place, written)
+    if not written:
+        destroy_patient(folder, pid)
     return after
 
 
@@ -269,7 +277,7 @@ def destroy_patient(folder: Path, pid: str) -> bool:
                 with path.open("r+b") as file:  # a disk that writes in place forgets it at once
                     file.write(bytes(path.stat().st_size))
                     file.flush()
-                    fsync(file.fileno())
+                    os.fsync(file.fileno())
                 path.unlink()
         if key_file.parent.exists():
             sync_folder(key_file.parent)

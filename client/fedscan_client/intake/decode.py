@@ -115,8 +115,15 @@ def layout(ds: Dataset) -> Layout:
             raise Refused("bit_layout")
         stored, signed = allocated, 1
     else:
-        stored, high, signed = (headers.count(ds, f"{name}") for name in ("BitsStored", "HighBit", "PixelRepresentation"))
-        if allocated not in (1, 8, 16, 32) or not 1 <= stored <= allocated or high != stored - 1 or signed not in (0, 1):
+        stored, high, signed = (
+            headers.count(ds, f"{name}") for name in ("BitsStored", "HighBit", "PixelRepresentation")
+        )
+        if (
+            allocated not in (1, 8, 16, 32)
+            or not 1 <= stored <= allocated
+            or high != stored - 1
+            or signed not in (0, 1)
+        ):
             raise Refused("bit_layout")
         if photometric.startswith("YBR_FULL") and (stored != 8 or signed):
             raise Refused("colour")
@@ -206,7 +213,9 @@ def _encapsulated(ds: Dataset, shape: Layout) -> Iterator[bytes]:
             lengths = struct.unpack(f"<{len(offsets[1]) // 8}Q", offsets[1])
             if sum(lengths) > len(data):
                 raise Refused("pixels_undecodable")
-        sources = generate_frames(data, number_of_frames=shape.frames, extended_offsets=offsets if all(offsets) else None)
+        sources = generate_frames(
+            data, number_of_frames=shape.frames, extended_offsets=offsets if all(offsets) else None
+        )
         for source in islice(sources, shape.frames):
             if not 0 < len(source) <= largest:
                 raise Refused("pixels_undecodable")
@@ -266,7 +275,11 @@ def _rle(source: bytes, shape: Layout) -> NDArray[Any]:
     if shape.allocated == 1:
         return _bitmap(planes.tobytes(), shape)
     values = planes.reshape(shape.samples, -1).view(f"<u{width}")
-    return values.reshape(shape.samples, shape.rows, shape.columns).transpose(1, 2, 0).squeeze(axis=2 if shape.samples == 1 else ())
+    return (
+        values.reshape(shape.samples, shape.rows, shape.columns)
+        .transpose(1, 2, 0)
+        .squeeze(axis=2 if shape.samples == 1 else ())
+    )
 
 
 def _packbits(segment: bytes, size: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from datetime import UTC, date, datetime
 
 from fedscan_client import consent, keys
 from fedscan_client.consent import NoPermit, Register
-from fedscan_client.intake import cache, index, labels, objects, series
+from fedscan_client.intake import cache, cache_keys, index, labels, objects, series
 from fedscan_client.intake.index import Row
 from fedscan_client.intake.labels import one_split
 from fedscan_client.intake.report import Counts, Report, Tallies
@@ -57,6 +57,7 @@ def ingest(
     key = keys.load(site.folder, site.key)
     names = key.project(site.intake.project)
     register = consent.load(site.consent, names, site_folder=site.folder, today=today)
+    cache_keys.check_key(site.cache, key)  # with another key nobody in the cache would seem permitted
     # Withdrawals first: whatever happens later in this run, they have been honoured.
     out = [name for name in cache.patients(site.cache) if not register.decide(name).permit]
     destroyed = 0 if dry_run else sum(objects.destroy(site, name) for name in out)
@@ -128,9 +129,7 @@ def _patient(work: Work, name: str, register: Register, today: date, tallies: Ta
     if work.dry:
         some = any([True for _ in pieces()]) or any(counts["accepted", ""] for counts in counted.values())
     else:
-        some = cache.write_patient(
-            site.cache, work.key, name, pieces(), consent_until=until, basis=basis
-        )
+        some = bool(cache.write_patient(site.cache, work.key, name, pieces(), consent_until=until, basis=basis).entries)
     tallies.patient(counted)
     return some
 

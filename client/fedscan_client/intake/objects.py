@@ -1,13 +1,13 @@
 """The objects of a site, whatever kinds its sources are, and everything that goes when a patient goes.
 
-A locator here is a source's name, a line end, and the source's own locator; what came over the network lies in one spool.
+A locator here is a source's name, a line end, and the source's own locator. What came over the network lies in one
+spool.
 """
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import replace
-from functools import partial
 from typing import BinaryIO
 
 from fedscan_client.intake import cache, quarantine

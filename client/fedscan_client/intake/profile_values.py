@@ -18,7 +18,8 @@ def _sets(text: str) -> Mapping[str, frozenset[str]]:
     return MappingProxyType(found)
 
 
-CODES: Mapping[str, frozenset[str]] = _sets("""
+CODES: Mapping[str, frozenset[str]] = _sets(
+    """
 PatientSex = M | F | O
 Modality = CR | CT | DX | ES | GM | IO | IVUS | MG | MR | NM | OP | OPT | OT | PT | PX | RF | RG | SC | SM | US | XA | XC
 BodyPartExamined = ABDOMEN | ABDOMENPELVIS | ADRENAL | ANKLE | ANUS | AORTA | ARM | AXILLA | BACK | BILEDUCT | BLADDER | BODY
@@ -45,8 +46,8 @@ RescaleType = HU | OD | US | MGML | Z_EFF | ED | EDW | HU_MOD | PCT
 ModalityLUTType = HU | OD | US | MGML | Z_EFF | ED | EDW | HU_MOD | PCT
 VOILUTFunction = LINEAR | LINEAR_EXACT | SIGMOID
 ScanningSequence = SE | IR | GR | EP | RM
-SequenceVariant = SK | MTC | SS | TRSS | SP | MP | OSP | NONE
-ScanOptions = PER | RG | CG | PPG | FC | PFF | PFP | SP | FS
+SequenceVariant = SK | MTC | SS | TRSS | SP | MP | OSP | NONE | OTHER
+ScanOptions = PER | RG | CG | PPG | FC | PFF | PFP | SP | FS | OTHER
 MRAcquisitionType = 1D | 2D | 3D
 CollimatorType = NONE | RING | PARA | PINH | FANB | CONE | SLNT | ASTG | DIVG
 CorrectedImage = DECY | ATTN | SCAT | DTIM | MOTN | PMOT | CLIN | RAN | RADL | DCAL | NORM | UNIF | COR | NRGY | LIN | BKGR | 3SCT
@@ -77,7 +78,7 @@ CardiacCyclePosition = END_SYSTOLE | END_DIASTOLE | UNDETERMINED
 CardiacSynchronizationTechnique = NONE | REALTIME | PROSPECTIVE | RETROSPECTIVE | PACED
 RespiratoryMotionCompensationTechnique = NONE | BREATH_HOLD | REALTIME | GATING | TRACKING | PHASE_ORDERING | PHASE_SCANNING
     | RETROSPECTIVE | CORRECTION | UNKNOWN
-PixelPresentation = COLOR | MONOCHROME | MIXED | TRUE_COLOR
+PixelPresentation = MONOCHROME | TRUE_COLOR
 VolumetricProperties = VOLUME | SAMPLED | DISTORTED | MIXED
 VolumeBasedCalculationTechnique = MAX_IP | MIN_IP | VOLUME_RENDER | SURFACE_RENDER | MPR | CURVED_MPR | NONE | MIXED
 ComplexImageComponent = MAGNITUDE | PHASE | REAL | IMAGINARY | MIXED
@@ -115,7 +116,8 @@ PatientOrientation = A | P | R | L | H | F | AR | AL | AH | AF | PR | PL | PH | 
     | HR | HL | FA | FP | FR | FL | ARH | ARF | ALH | ALF | AHR | AHL | AFR | AFL | PRH | PRF | PLH | PLF | PHR | PHL | PFR | PFL
     | RAH | RAF | RPH | RPF | RHA | RHP | RFA | RFP | LAH | LAF | LPH | LPF | LHA | LHP | LFA | LFP | HAR | HAL | HPR | HPL | HRA
     | HRP | HLA | HLP | FAR | FAL | FPR | FPL | FRA | FRP | FLA | FLP
-""".replace("\\\n", ""))
+""".replace("\\\n", "")
+)
 
 # ImageType and FrameType (PS3.3 C.7.6.1.1.2): first value, second value, and what may follow.
 IMAGE_TYPES: tuple[frozenset[str], frozenset[str], frozenset[str]] = (
@@ -159,12 +161,128 @@ MAKERS: Mapping[str, str] = MappingProxyType(
 # Words of a description that say what was done and not to whom; no place, no person, no number but those of a
 # sequence's name. A description keeps those it holds, in alphabetical order: the order written could tell more.
 WORDS: frozenset[str] = frozenset(
-    """
-    2D 3D ABD ABDOMEN ADC ANGIO AORTA ARTERIAL AX AXIAL BLADE BOLUS BONE BRAIN BREAST CARDIAC CAROTID CC CE CHEST CINE COR
-    CORONAL CORONARY CR CT CTA DCE DELAYED DIXON DTI DWI DX DYNAMIC ECHO EPI EXPIRATION FAST FLAIR FLASH FSE FSPGR GATED GD GRE
-    HEAD HEART HIP HRCT INSPIRATION KNEE LAT LATERAL LIVER LOCALIZER LOW DOSE LUNG LUNGS MAMMO MEDIASTINUM MG MIP MLO MPR MPRAGE
-    MR MRA MRI NATIVE NECK NM OBL PA AP PELVIS PERFUSION PET PORTAL POST POSTCONTRAST PRE PRECONTRAST PROPELLER PROSTATE RECON RF
-    SAG SAGITTAL SCOUT SE SHOULDER SKULL SPACE SPGR SPINE STIR SUBTRACTION SUPINE PRONE SWI T1 T1W T2 T2W THIN THICK THORAX TIRM
-    TOF TOPOGRAM TRA TRACE TSE TWIST US VENOUS VIBE WITH WITHOUT CONTRAST XA
-    """.split()
+    [
+        "2D",
+        "3D",
+        "ABD",
+        "ABDOMEN",
+        "ADC",
+        "ANGIO",
+        "AORTA",
+        "ARTERIAL",
+        "AX",
+        "AXIAL",
+        "BLADE",
+        "BOLUS",
+        "BONE",
+        "BRAIN",
+        "BREAST",
+        "CARDIAC",
+        "CAROTID",
+        "CC",
+        "CE",
+        "CHEST",
+        "CINE",
+        "COR",
+        "CORONAL",
+        "CORONARY",
+        "CR",
+        "CT",
+        "CTA",
+        "DCE",
+        "DELAYED",
+        "DIXON",
+        "DTI",
+        "DWI",
+        "DX",
+        "DYNAMIC",
+        "ECHO",
+        "EPI",
+        "EXPIRATION",
+        "FAST",
+        "FLAIR",
+        "FLASH",
+        "FSE",
+        "FSPGR",
+        "GATED",
+        "GD",
+        "GRE",
+        "HEAD",
+        "HEART",
+        "HIP",
+        "HRCT",
+        "INSPIRATION",
+        "KNEE",
+        "LAT",
+        "LATERAL",
+        "LIVER",
+        "LOCALIZER",
+        "LOW",
+        "DOSE",
+        "LUNG",
+        "LUNGS",
+        "MAMMO",
+        "MEDIASTINUM",
+        "MG",
+        "MIP",
+        "MLO",
+        "MPR",
+        "MPRAGE",
+        "MR",
+        "MRA",
+        "MRI",
+        "NATIVE",
+        "NECK",
+        "NM",
+        "OBL",
+        "PA",
+        "AP",
+        "PELVIS",
+        "PERFUSION",
+        "PET",
+        "PORTAL",
+        "POST",
+        "POSTCONTRAST",
+        "PRE",
+        "PRECONTRAST",
+        "PROPELLER",
+        "PROSTATE",
+        "RECON",
+        "RF",
+        "SAG",
+        "SAGITTAL",
+        "SCOUT",
+        "SE",
+        "SHOULDER",
+        "SKULL",
+        "SPACE",
+        "SPGR",
+        "SPINE",
+        "STIR",
+        "SUBTRACTION",
+        "SUPINE",
+        "PRONE",
+        "SWI",
+        "T1",
+        "T1W",
+        "T2",
+        "T2W",
+        "THIN",
+        "THICK",
+        "THORAX",
+        "TIRM",
+        "TOF",
+        "TOPOGRAM",
+        "TRA",
+        "TRACE",
+        "TSE",
+        "TWIST",
+        "US",
+        "VENOUS",
+        "VIBE",
+        "WITH",
+        "WITHOUT",
+        "CONTRAST",
+        "XA",
+    ]
 )

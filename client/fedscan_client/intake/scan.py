@@ -59,7 +59,7 @@ def _header(item: Found, key: bytes, issuer: str) -> Header:
     try:
         with item.open() as stream:
             ds = read.header(stream, item.size)
-        if str(ds.file_meta.get("MediaStorageSOPClassUID", "")) == _DIRECTORY:
+        if headers.value(ds.file_meta, "MediaStorageSOPClassUID") == _DIRECTORY:
             return Header("catalogue")
         return name_of(ds, key, issuer)
     except Refused as refused:

@@ -1,8 +1,9 @@
-"""The second pass of the intake for one series of a cleared patient: which of its objects pass, and the images they make.
+"""The second pass of the intake for one series of a cleared patient: which objects pass, and the images they make.
 
-An object passes when no other patient claims its UIDs, it is not a second copy, it has a label, and its kind is accepted
-or was released by a rule of the site or by a person. What passes is de-identified object by object and assembled. Where
-all objects of a series carry the same label they make stacks; where labels differ by slice, every slice is an image.
+An object passes when no other patient claims its UIDs, it is not a second copy, it has a label, and its kind is
+accepted or was released by a rule of the site or by a person. What passes is de-identified object by object and
+assembled. Where all objects of a series carry the same label they make stacks; where labels differ by slice, every
+slice is an image.
 """
 
 import hashlib
@@ -14,9 +15,10 @@ from datetime import date
 
 from pydicom.dataset import Dataset
 
-from fedscan_client.intake import cache, decode, deid, headers, objects, ocr, quarantine, read, stack, traits
+from fedscan_client.intake import cache, decode, deid, headers, objects, ocr, profile, quarantine, read, stack, traits
 from fedscan_client.intake.cache import Entry
-from fedscan_client.intake.index import Header, Index, Row
+from fedscan_client.intake.cache_keys import Damaged
+from fedscan_client.intake.index import Index, Row
 from fedscan_client.intake.labels import Label, Labels
 from fedscan_client.intake.records import REVIEW, Rectangle, Refused, Volume
 from fedscan_client.intake.report import Counts
@@ -49,7 +51,7 @@ class Work:
             return {}
         try:
             return {it.id: it for it in cache.read_index(self.site.cache, self.key, patient).entries}
-        except cache.Damaged:
+        except Damaged:
             objects.destroy(self.site, patient)  # the source still has them
             return {}
 
@@ -138,8 +140,7 @@ def _assembled(
             try:
                 clean = _clean(work, pair[0], decided.get(pair[0].header.instance), number, len(group))
             except Refused as refused:
-                outcome = "quarantined" if refused.reason in REVIEW else "refused"
-                counts[outcome, refused.reason] += 1
+                counts["quarantined" if refused.reason in REVIEW else "refused", refused.reason] += 1
                 _set_aside(work, pair[0], refused.reason)
                 continue
             if clean is None:  # dry: it would be read now
@@ -201,9 +202,10 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
         raise Refused("changed")
     work.read["instances"] += 1
     clean = deid.deidentify(ds, work.names, issuer=issuer, blackout=rectangles, released=bool(row.header.review))
-    if not row.header.review and quarantine.decision_for(
-        work.site.folder, row.header.series, row.header.instance, digest=row.stamp
-    ) is None:
+    if (
+        not row.header.review
+        and quarantine.decision_for(work.site.folder, row.header.series, row.header.instance, digest=row.stamp) is None
+    ):
         _look(work, clean, number, of)
     return clean
 
@@ -250,7 +252,7 @@ def _digest(
     """Changes with everything that decides what a series becomes: its objects, labels, rules, decisions, this code."""
     told = [
         _VERSION,
-        deid.VERSION,
+        profile.VERSION,
         split,
         work.site.quarantine.model_dump(mode="json"),
         [[row.header.instance, row.stamp, label.label] for row, label in chosen],

@@ -9,7 +9,7 @@ from pydicom.uid import UID
 
 from fedscan_client.intake import headers
 from fedscan_client.intake.deid import pseudonym
-from fedscan_client.intake.profile import MAKERS
+from fedscan_client.intake.profile_values import MAKERS
 from fedscan_client.intake.records import Refused
 
 # PS3.3 C.7.3.1.1.1: the kinds of equipment whose images are met; anything else, or free text, is "other".

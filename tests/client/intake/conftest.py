@@ -11,6 +11,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from fedscan.phantom import draw_hospital
+from fedscan_client import consent, keys
+from fedscan_client.gate.policy import Policy
+from fedscan_client.intake import cache, deid, ingest
+from fedscan_client.intake.cache import Entry
+from fedscan_client.intake.records import PatientId
+from fedscan_client.intake.report import Report
+from fedscan_client.intake.sources.settings import Folder
+from fedscan_client.site import Intake, Site
 
 TODAY = date(2026, 1, 15)
 CR = UID("1.2.840.10008.5.1.4.1.1.1")
@@ -64,6 +72,66 @@ def cr_instance() -> Callable[..., Dataset]:
 def save() -> Callable[[Dataset, Path], Path]:
     """See `_save`."""
     return _save
+
+
+class Door:
+    """A site's folder whose images, labels and consent are a hospital's folder, and what is to be known of it."""
+
+    TODAY = TODAY
+    KEY = keys.SiteKey(bytes(range(32)), bytes(range(32, 64)))
+
+    def site(self, hospital: Path, folder: Path, **changes: object) -> Site:
+        """A site's folder with its key."""
+        tree = {
+            "name": "north",
+            "patients_declared": 12,
+            "source": {"source": Folder(kind="folder", folder=hospital / "dicom", settle_seconds=0)},
+            "consent": consent.Settings(kind="register", path=hospital / "consent.csv"),
+            "intake": Intake(labels=hospital / "labels.csv"),
+            "policy": Policy(max_epsilon=1, max_delta=1e-5),
+            "folder": folder,
+        }
+        site = Site.model_validate(tree | changes)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "key").exists():
+            keys.put(folder, site.key, self.KEY, "test")
+        return site
+
+    def run(self, site: Site, **changes: Any) -> Report:
+        """The intake on the day of the tests."""
+        return ingest.ingest(site, **({"today": TODAY} | changes))
+
+    def balance(self, report: Report) -> bool:
+        """Whether every object is in exactly one line."""
+        return report.objects == sum(line.instances for line in report.lines)
+
+    def lists(self, folder: Path, permitted: list[str], labels: str) -> None:
+        """Writes consent.csv and labels.csv."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = "".join(f"{patient},permit,2025-01-01\n" for patient in permitted)
+        (folder / "consent.csv").write_text(f"# as-of: 2026-01-10\npatient_id,status,date\n{rows}")
+        (folder / "labels.csv").write_text(labels)
+
+    def name(self, patient: str) -> str:
+        """The pseudonym of a hospital's patient id."""
+        return deid.patient_name(self.KEY.project("fedscan"), PatientId(patient))
+
+    def contents(self, site: Site) -> dict[str, list[tuple[Entry, bytes]]]:
+        """Everything in the cache, decrypted."""
+        opened = {name: cache.open_patient(site.cache, self.KEY, name) for name in cache.patients(site.cache)}
+        return {
+            name: [(entry, it.values(entry).tobytes()) for entry in it.patient.entries] for name, it in opened.items()
+        }
+
+    def files(self, folder: Path) -> dict[Path, bytes]:
+        """The cache's files as they are."""
+        return {path: path.read_bytes() for pattern in ("*.img", "index", "*.key") for path in folder.rglob(pattern)}
+
+
+@pytest.fixture(scope="session")
+def door() -> Door:
+    """See `Door`."""
+    return Door()
 
 
 @pytest.fixture(scope="session")

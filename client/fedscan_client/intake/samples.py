@@ -1,0 +1,35 @@
+"""Headers of a few objects before and after de-identification, for the dry run of the intake: shown, never written."""
+
+from datetime import date
+
+from fedscan_client import consent, keys
+from fedscan_client.intake import deid, objects, read
+from fedscan_client.intake.deid_file import Row, preview
+from fedscan_client.intake.records import Refused
+from fedscan_client.site import Site
+
+
+def headers(site: Site, count: int, *, today: date | None = None) -> list[list[Row]]:
+    """The first `count` objects of patients who are cleared and of a kind that is accepted, one list of rows each.
+
+    Raises:
+        ConsentError: no usable consent register.
+        DataError: the source is not there.
+    """
+    assert site.consent is not None and site.intake is not None
+    key = keys.load(site.folder, site.key)
+    names = key.project(site.intake.project)
+    register = consent.load(site.consent, names, site_folder=site.folder, today=today or date.today())
+    found: list[list[Row]] = []
+    for item in objects.found(site, key, {}):
+        if len(found) == count:
+            break
+        try:
+            with item.open() as stream:
+                patient = deid.identity(read.header(stream, item.size), site.intake.issuer)
+                if register.decide(deid.patient_name(names, patient)).permit:
+                    stream.seek(0)
+                    found.append(preview(read.whole(stream, item.size), names, issuer=site.intake.issuer))
+        except (Refused, OSError):
+            continue
+    return found
