@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fedscan import cli_agent, cli_phantom
 from fedscan_core.errors import FedscanError
 
 if TYPE_CHECKING:
@@ -47,25 +48,6 @@ Explains, checks and prints RUN.toml, the one file that describes an experiment.
   fedscan config --sample > my.toml     a file to start from
   fedscan config my.toml                checks it and prints it with every key written out"""
 
-_PHANTOM = """\
-Draws synthetic patients. Nothing in them comes from a person.
-
-  fedscan phantom images/                       a research table: metadata.csv and PNG images, for --data
-  fedscan phantom hospital/ --dicom             one hospital: DICOM files with invented identities, labels, consent"""
-
-_AGENT_LEDGER = """\
-Shows what a site's runs have cost its patients in privacy: the lifetime budget, what is reserved of it and spent, by
-run and by round, and what one more run would cost. It checks the whole ledger first, changes nothing, and may be used
-while an agent is at work.
-
-  fedscan agent ledger /srv/fedscan/site
-  fedscan agent ledger /srv/fedscan/site --run my.toml      would this run still fit?
-  fedscan agent ledger /srv/fedscan/site --json > today.json
-
-budget: what site.toml allows for ever. reserved: held by admitted runs, whole, whether they end early or not. spent:
-the part of it whose noise may have been drawn. Exit code 2 if the ledger was changed, is gone, or is an older copy."""
-
-
 _AUDIT = """\
 Attacks this code's own training with canary patients, through the real clip, sampler and noise of RUN.toml, and
 compares what the final weights give away with the epsilon that is claimed. Synthetic patients only; a smoke test that
@@ -92,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and ends the process with its exit code."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["phantom", "from-table"]:  # `phantom` takes a folder, so it can have no commands of its own
+        words[:2] = ["phantom from-table"]
+    arguments = _parser().parse_args(words)
     try:
         code = arguments.command(arguments)
     except FedscanError as error:
@@ -157,26 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
     audit.set_defaults(command=_audit)
 
-    phantom = commands.add_parser(
-        "phantom", help="draw synthetic patients", description=_PHANTOM, formatter_class=plain
-    )
-    phantom.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
-    phantom.add_argument("--dicom", action="store_true", help="one hospital as DICOM instead of a table with PNG")
-    phantom.add_argument("--patients", type=int, default=200, help="how many (default %(default)s)")
-    phantom.add_argument("--sites", type=int, default=4, help="sites of the table (default %(default)s)")
-    phantom.add_argument("--size", type=int, default=64, help="rows and columns of an image (default %(default)s)")
-    phantom.add_argument("--seed", type=int, default=0, help="the same seed draws the same patients")
-    phantom.set_defaults(command=_phantom)
-
-    agent = commands.add_parser("agent", help="for hospital IT: look after a site", formatter_class=plain)
-    of_agent = agent.add_subparsers(metavar="COMMAND", required=True)
-    ledger = of_agent.add_parser(
-        "ledger", help="budget, reserved, spent", description=_AGENT_LEDGER, formatter_class=plain
-    )
-    ledger.add_argument("site", metavar="SITE_DIR", type=Path, help="the site's folder, which holds site.toml")
-    ledger.add_argument("--run", metavar="RUN.toml", type=Path, help="price this run instead of the last one again")
-    ledger.add_argument("--json", action="store_true", help="print JSON on standard output")
-    ledger.set_defaults(command=_agent_ledger)
+    cli_phantom.add(commands)
+    cli_agent.add(commands)
     return parser
 
 
@@ -269,36 +236,6 @@ def _audit(arguments: argparse.Namespace) -> int:
     from fedscan import audit_command
 
     return audit_command.main(arguments)
-
-
-def _phantom(arguments: argparse.Namespace) -> int:
-    from fedscan import phantom
-    from fedscan_core.errors import ConfigError, FolderError
-
-    folder: Path = arguments.folder
-    if arguments.patients < 8 or not 1 <= arguments.sites <= arguments.patients or not 32 <= arguments.size <= 256:
-        raise ConfigError(
-            "Phantoms need at least 8 patients, no more sites than patients, and a size from 32 to 256.",
-            remedy="Correct --patients, --sites or --size.",
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FolderError(f"{folder} is not an empty folder.", remedy="Give a new one.")
-    drawn = {"patients": arguments.patients, "seed": arguments.seed, "image_size": arguments.size}
-    try:
-        if arguments.dicom:
-            phantom.draw_hospital(folder, name=folder.resolve().name, **drawn)
-        else:
-            phantom.phantom_table(folder, sites=arguments.sites, **drawn)
-    except OSError as error:
-        raise FolderError(f"{folder} cannot be filled: {error.strerror}.", remedy="Check its permissions.") from None
-    print(f"{arguments.patients} synthetic patients are in {folder}")
-    return 0
-
-
-def _agent_ledger(arguments: argparse.Namespace) -> int:
-    from fedscan_client import agent
-
-    return agent.show_ledger(arguments.site, arguments.run, arguments.json)
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

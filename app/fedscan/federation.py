@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fedscan_core.config import RunConfig, SiteRule
 from fedscan_core.errors import ConfigError, DataError, PrivacyError
 
 HOSPITALS = "hospitals"  # beside the sites: what the phantoms' PACS would hold
-PHANTOM_TRAIN_SHARE = 0.7  # what `cohort.split_of` aims at
+TRAIN_SHARE = 0.7  # what `cohort.split_of` aims at
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class PretendSite:
     name: str
     declared: int
     trains: bool = True
-    rows: tuple[TableRow, ...] = ()  # none: a phantom hospital
+    rows: tuple[TableRow, ...] = ()
+    hospital: Path | None = (
+        None  # where its dicom/, labels.csv and consent.csv are; from the site's folder, or absolute
+    )
 
 
 def plan(run: RunConfig) -> list[PretendSite]:
@@ -50,7 +54,7 @@ def plan(run: RunConfig) -> list[PretendSite]:
         DataError: the table, or what follows from it for a site, cannot be used.
         PrivacyError: a site's budget cannot be calibrated.
     """
-    found = _phantoms(run) if run.data.source == "phantom" else _from_table(run)
+    found = {"phantom": _phantoms, "table": _from_table, "hospitals": _hospitals}[run.data.source](run)
     for site in found:
         if site.trains:
             try:
@@ -76,10 +80,14 @@ def build(run: RunConfig, planned: Sequence[PretendSite], folder: Path, tell: Ca
     for number, pretend in enumerate(planned):
         tell(number)
         site = _folder(run, pretend, folder / pretend.name)
-        if run.data.source == "phantom":
-            _fill_from_phantoms(run, site)
-        else:
+        if pretend.hospital is None:
             _write_rows(site, pretend.rows)
+        else:
+            if run.data.source == "phantom":
+                _draw(run, site)
+            else:
+                keys.create(site.folder, site.key)
+            ingest(site)
         check_site(run, site, pretend.trains)
         built.append(site)
     tell(len(planned))
@@ -91,28 +99,54 @@ def splits(run: RunConfig, trains: bool) -> tuple[str, ...]:
     return ("train", "test") if run.evaluation.split == "test" and not trains else (run.evaluation.split,)
 
 
-# ---------------------------------------------------------------------------------------------------------- phantoms
+# --------------------------------------------------------------------------------------------------------- hospitals
 
 
 def _phantoms(run: RunConfig) -> list[PretendSite]:
-    declared = max(1, round(PHANTOM_TRAIN_SHARE * run.simulation.patients))
-    return [PretendSite(f"hospital-{n + 1}", declared) for n in range(run.simulation.sites)]
+    declared = max(1, round(TRAIN_SHARE * run.simulation.patients))
+    names = [f"hospital-{n + 1}" for n in range(run.simulation.sites)]
+    # From the site's folder, so that the run can be moved.
+    return [PretendSite(name, declared, hospital=Path("..", "..", HOSPITALS, name)) for name in names]
 
 
-def _fill_from_phantoms(run: RunConfig, site: Site) -> None:
-    """Draws the hospital's archive and takes it in through the door that the agent uses."""
-    height, width = run.task.image_size
+def _draw(run: RunConfig, site: Site) -> None:
+    """Draws the hospital's archive, and a key for its patients."""
     draw_hospital(
         site.folder.parent.parent / HOSPITALS / site.name,
         name=site.name,
         patients=run.simulation.patients,
         seed=run.train.seed,
-        image_size=min(256, max(32, height, width)),
+        image_size=min(256, max(32, *run.task.image_size)),
     )
     # A pretend key for pretend patients, so that the same seed deals them to the same splits.
     secret = hashlib.sha512(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
     keys.put(site.folder, site.key, keys.SiteKey(secret[:32], secret[32:]), "key of a pretend site")
-    ingest(site)
+
+
+def _hospitals(run: RunConfig) -> list[PretendSite]:
+    """The folders below `data.dir`; a site declares the share of its consenting patients that trains."""
+    folder = _data_folder(run)
+    found = sorted(
+        (path for path in folder.iterdir() if (path / "dicom").is_dir()), key=lambda path: _natural(path.name)
+    )
+    if not found:
+        raise DataError(
+            f"No folder in {folder} holds a hospital.",
+            remedy="Each needs dicom/, labels.csv and consent.csv, as 'fedscan phantom from-table' writes them.",
+        )
+    planned = []
+    for path in found:
+        register = consent.load(_register(path), bytes(keys.KEY_BYTES), site_folder=path, today=date.today())
+        permitted = sum(register.decide(name).permit for name in register.decisions)
+        planned.append(PretendSite(_plain(path.name), max(1, round(TRAIN_SHARE * permitted)), hospital=path))
+    if len({site.name for site in planned}) != len(planned):
+        raise ConfigError("Two hospitals have the same name once written plainly.", remedy="Rename one folder.")
+    return planned
+
+
+def _register(hospital: Path) -> consent.Settings:
+    """Nobody withdraws from a simulation that is gone on with months later."""
+    return consent.Settings(kind="register", path=hospital / "consent.csv", max_age_days=36_500)
 
 
 # ------------------------------------------------------------------------------------------------------------- table
@@ -150,13 +184,7 @@ def _from_table(run: RunConfig) -> list[PretendSite]:
 
 def _rows(run: RunConfig) -> list[TableRow]:
     """The table's rows, each with a split and a label of the task."""
-    if run.data.dir is None:
-        raise ConfigError(
-            "The run does not say where its images are.", remedy="Give --data DIR, or [data] dir in RUN.toml."
-        )
-    folder = Path(run.data.dir).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}.", remedy="Give --data DIR, the folder that holds the images.")
+    folder = _data_folder(run)
     rows = read_table(folder / run.data.table, label_column=run.data.label_column)
     for label in sorted({row.label for row in rows}):
         try:
@@ -167,6 +195,17 @@ def _rows(run: RunConfig) -> list[TableRow]:
     return [
         row if row.split else replace(row, split=partition.split_of(row.patient_id, run.train.seed)) for row in rows
     ]
+
+
+def _data_folder(run: RunConfig) -> Path:
+    if run.data.dir is None:
+        raise ConfigError(
+            "The run does not say where its images are.", remedy="Give --data DIR, or [data] dir in RUN.toml."
+        )
+    folder = Path(run.data.dir).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}.", remedy="Give --data DIR, the folder that holds the images.")
+    return folder
 
 
 def _dealt(run: RunConfig, rows: list[TableRow]) -> list[TableRow]:
@@ -244,13 +283,11 @@ def _folder(run: RunConfig, pretend: PretendSite, folder: Path) -> Site:
     """The site's folder with its site.toml. Its lifetime budget is this run: pretend sites are made for one run."""
     budget = accounting.plan_for(run, pretend.declared) if pretend.trains and run.privacy.enabled else None
     from_where: dict[str, Any] = {"source": {"source": Table(kind="table", folder=Path(str(run.data.dir)))}}
-    if run.data.source == "phantom":
-        archive = Path("..", "..", HOSPITALS, pretend.name)  # from the site's folder, so that the run can be moved
+    if pretend.hospital is not None:
         from_where = {
-            "source": {"source": Folder(kind="folder", folder=archive / "dicom", settle_seconds=0)},
-            # Nobody withdraws from a simulation that is gone on with months later.
-            "consent": consent.Settings(kind="register", path=archive / "consent.csv", max_age_days=36_500),
-            "intake": Intake(labels=archive / "labels.csv"),
+            "source": {"source": Folder(kind="folder", folder=pretend.hospital / "dicom", settle_seconds=0)},
+            "consent": _register(pretend.hospital),
+            "intake": Intake(labels=pretend.hospital / "labels.csv"),
         }
     site = Site(
         name=pretend.name,

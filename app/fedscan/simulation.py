@@ -92,7 +92,7 @@ def simulate(
     if run.data.source == "phantom" and data is not None:
         raise ConfigError("The run draws phantoms and reads no images.", remedy="Leave out --data.")
     where = data if data is not None else run.data.dir
-    if where is not None and run.data.source == "table":
+    if where is not None and run.data.source != "phantom":
         run = run.model_copy(update={"data": run.data.model_copy(update={"dir": _absolute(where)})})
     if run.model.init != "random":
         run = run.model_copy(update={"model": run.model.model_copy(update={"init": _absolute(run.model.init)})})

@@ -294,8 +294,10 @@ class SiteRule(Section):
 class Data(Section):
     """Where pretend sites get their images. A deployed site ignores this section: its own site.toml decides."""
 
-    source: Literal["table", "phantom"] = Field(
-        "table", description='"table": images and a CSV; "phantom": synthetic hospitals as DICOM.'
+    source: Literal["table", "phantom", "hospitals"] = Field(
+        "table",
+        description='"table": images and a CSV; "phantom": synthetic hospitals as DICOM; "hospitals": a folder for each '
+        "site, with dicom/, labels.csv and consent.csv, taken in through the hospital's door.",
     )
     dir: str | None = Field(None, description="Folder of the images; --data overrides it.")
     table: str = Field(

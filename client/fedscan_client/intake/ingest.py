@@ -73,7 +73,7 @@ def ingest(
         if not seen.count():
             raise DataError("The source holds nothing.", remedy="Check that the share is mounted, or pull first.")
         tallies.headers(seen.reasons())
-        work = Work(site, key, names, seen, table, dry_run)
+        work = Work(site, key, names, seen, table, frozenset(cache.patients(site.cache)), dry_run)
         everybody = seen.patients()
         for number, name in enumerate(everybody):
             tell("patients", number, len(everybody))

@@ -35,19 +35,20 @@ Pair = tuple[Row, Label]
 
 @dataclass(frozen=True)
 class Work:
-    """What every step of one run needs. `names` is the key for this project: it makes pseudonyms."""
+    """What every step of one run needs. `names`: the key for this project; `cached`: patients in the cache before."""
 
     site: Site
     key: SiteKey
     names: bytes
     index: Index
     labels: Labels
+    cached: frozenset[str]
     dry: bool
     read: Counter[str] = field(default_factory=Counter)
 
     def known(self, patient: str) -> dict[str, Entry]:
         """The patient's images that the cache holds now, by their ids; none where they cannot be read."""
-        if self.dry or patient not in cache.patients(self.site.cache):
+        if self.dry or patient not in self.cached:
             return {}
         try:
             return {it.id: it for it in cache.read_index(self.site.cache, self.key, patient).entries}
@@ -216,8 +217,6 @@ def _look(work: Work, clean: Dataset, number: int, of: int) -> None:
     Raises:
         Refused: something like text was read.
     """
-    if work.site.quarantine.ocr == "off":
-        return
     pixels = decode.frames(clean)
     for frame in ocr.reads(work.site.quarantine.ocr, number, of, len(pixels)):
         if ocr.alarm(pixels[frame]):
