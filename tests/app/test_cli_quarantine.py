@@ -162,12 +162,13 @@ def test_a_rule_that_would_be_too_wide_is_not_printed(site, run, tmp_path):
 
 def look(site, run, monkeypatch, *words, terminal=True):
     """What a terminal of 100 columns shows."""
+    file = io.StringIO()
     screen = Console(
-        file=io.StringIO(), force_terminal=terminal, color_system="truecolor", width=100, height=40, highlight=False
+        file=file, force_terminal=terminal, color_system="truecolor", width=100, height=40, highlight=False
     )
     monkeypatch.setattr(cli_quarantine, "Console", lambda **_: screen)
     run(*words)
-    return screen.file.getvalue()
+    return file.getvalue()
 
 
 def test_show_prints_before_and_after(site, run, monkeypatch):

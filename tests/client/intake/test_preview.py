@@ -15,10 +15,11 @@ TOP = (Rectangle(0, 0, 2, 6),)
 
 
 def drawn(images, columns, lines):
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=columns)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="truecolor", width=columns)
     segments, reduced = preview.terminal(images, columns, lines)
     console.print(segments)
-    return console.file.getvalue(), reduced
+    return screen.getvalue(), reduced
 
 
 def test_a_frame_is_stretched_and_its_black_out_in_the_same_way(cr_instance):

@@ -156,7 +156,8 @@ def test_an_instance_that_cannot_be_shown_says_why(served):
 
 
 def test_it_ends_when_nobody_asks(monkeypatch):
-    begin, told = time.monotonic(), []
+    begin = time.monotonic()
+    told: list[str] = []
     preview_server.serve(preview_server.Shown("x", 1, load), told.append, idle_seconds=0.1)
     assert time.monotonic() - begin < 5 and told[0].startswith("http://127.0.0.1:")
     with pytest.raises(ConnectionRefusedError):

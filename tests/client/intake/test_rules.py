@@ -41,6 +41,13 @@ def region(left, top, right, bottom, data_type=1):
     return it
 
 
+def matched(ds, *found):
+    """The rectangles of rules that match."""
+    rectangles = rules.blackout_for(ds, found)
+    assert rectangles is not None
+    return rectangles
+
+
 def sono(**changes):
     ds = Dataset()
     ds.SOPClassUID, ds.Modality = US, "US"
@@ -140,20 +147,20 @@ def test_clean_is_said_and_never_against_the_header():
 def test_several_rules_black_out_what_any_of_them_does():
     both = [rule(blackout=None, clean=True, name="a"), rule(), rule(name="b", blackout=[[50, 0, 60, 80]])]
     expected = {Rectangle(0, 0, 10, 80), Rectangle(50, 0, 60, 80)}
-    assert set(rules.blackout_for(sono(), both)) == set(rules.blackout_for(sono(), both[::-1])) == expected
+    assert set(matched(sono(), *both)) == set(matched(sono(), *both[::-1])) == expected
 
 
 def test_all_but_the_regions_of_echoes_is_blacked_out():
     keep = rule(blackout=None, keep="ultrasound-regions")
     # A tissue region, colour flow beside it and overlapping, and an ECG trace, which is not kept.
     ds = sono(SequenceOfUltrasoundRegions=[region(5, 10, 39, 49), region(30, 20, 70, 44, 2), region(5, 52, 70, 58, 10)])
-    found = rules.blackout_for(ds, [keep])
+    found = matched(ds, keep)
     frames = np.random.default_rng(1).integers(1, 255, (3, 60, 80, 3)).astype(np.uint8)
     out = blackout.apply(frames, found, 0)
     kept = np.zeros((60, 80), bool)
     kept[10:50, 5:40] = kept[20:45, 30:71] = True
     assert (out[:, kept] == frames[:, kept]).all() and (out[:, ~kept] == 0).all()
-    also = rules.blackout_for(ds, [rule(blackout=[[12, 6, 14, 9]], keep="ultrasound-regions")])
+    also = matched(ds, rule(blackout=[[12, 6, 14, 9]], keep="ultrasound-regions"))
     kept[12:14, 6:9] = False
     assert (blackout.apply(frames, also, 0)[:, ~kept] == 0).all()
 
@@ -184,6 +191,10 @@ def test_a_damaged_header_matches_nothing():
     ds["Rows"].VR = "UN"
     ds["Rows"].value = b"\xff"
     assert rules.blackout_for(ds, [rule()]) is None
+    ds = sono(SequenceOfUltrasoundRegions=[region(5, 10, 40, 40)])
+    for vr, value in (("US", 7), ("OB", b"abc"), ("LO", "abc")):
+        ds["SequenceOfUltrasoundRegions"] = pydicom.DataElement(0x00186011, vr, value)
+        assert rules.blackout_for(ds, [rule(blackout=None, keep="ultrasound-regions")]) is None
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared DICOM collection is not here")
@@ -211,14 +222,13 @@ def test_real_ultrasound(name, kept):
         columns=ds.Columns,
     )
     ds.ManufacturerModelName = keep.model
-    rectangles = rules.blackout_for(ds, [keep])
     if kept is None:
-        assert rectangles is None
+        assert rules.blackout_for(ds, [keep]) is None
         return
     mask = np.zeros((ds.Rows, ds.Columns), bool)
     for it in kept:
         mask[it.top : it.bottom, it.left : it.right] = True
     x_HW = ds.pixel_array
-    out = blackout.apply(x_HW[None], rectangles, 0)[0]
+    out = blackout.apply(x_HW[None], matched(ds, keep), 0)[0]
     assert (out[~mask] == 0).all() and (out[mask] == x_HW[mask]).all() and x_HW[~mask].any()
     assert headers.count(ds, "Rows") == len(out)
