@@ -16,7 +16,7 @@ An item is all instances of one series that share reason, kind of object and siz
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -32,6 +32,8 @@ from fedscan_core.errors import DataError
 LOG = "intake.jsonl"
 _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look like another
 _ID_LENGTH = 10
+# What an item's instances share, as fields of `Item` and columns of the file.
+_SHARED = ("reason", "patient", "series", "sop_class", "modality", "manufacturer", "device", "rows", "columns")
 
 State = Literal["waiting", "released", "blackout", "rejected"]
 Verdict = Literal["released", "blackout", "rejected"]
@@ -61,7 +63,18 @@ class Found:
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the list. `waiting` of its `instances` have no decision; `rectangles`, `by`, `when`: the last one."""
+    """One line of the list.
+
+    Attributes:
+        id: short, made of HMACs.
+        reason: a key of `records.REASONS`.
+        patient, series: HMACs, "" where unknown.
+        sop_class, modality, manufacturer, device, rows, columns: see `traits.traits`.
+        frames: of the instance that has most.
+        instances: how many there are; `waiting` of them have no decision.
+        first_seen: day.
+        decision: the last one, "" for none, with its `rectangles`, and `by` whom and `when` it was taken.
+    """
 
     id: str
     reason: str
@@ -77,10 +90,15 @@ class Item:
     instances: int
     waiting: int
     first_seen: str
-    state: State
+    decision: Verdict | Literal[""]
     rectangles: tuple[Rectangle, ...]
     by: str
     when: str
+
+    @property
+    def state(self) -> State:
+        """The last decision if it covers all instances, else waiting."""
+        return "waiting" if self.waiting or not self.decision else self.decision
 
     @property
     def releasable(self) -> bool:
@@ -311,24 +329,26 @@ def _item_of(it: Found) -> str:
 
 
 def _row(db: sqlite3.Connection, instance: str) -> dict[str, Any] | None:
-    cursor = db.execute("SELECT * FROM instances WHERE instance = ?", (instance,))
-    row = cursor.fetchone()
-    return None if row is None else dict(zip((column[0] for column in cursor.description), row, strict=True))
+    return next(_dicts(db.execute("SELECT * FROM instances WHERE instance = ?", (instance,))), None)
+
+
+def _dicts(cursor: sqlite3.Cursor) -> Iterator[dict[str, Any]]:
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row, strict=True)) for row in cursor)
 
 
 def _items(db: sqlite3.Connection, id: str = "") -> list[Item]:
-    shared = "reason, patient, series, sop_class, modality, manufacturer, device, rows, columns"
     sql = f"""WITH grouped AS (
-            SELECT item, {shared}, max(frames), count(*), sum(decision IS NULL), min(first_seen) AS since,
-                max(decision) AS last
-            FROM instances WHERE substr(item, 1, length(?)) = ? GROUP BY item)
-        SELECT grouped.*, kind, rectangles, coalesce(decided_by, ''), coalesce(decided_at, '')
-        FROM grouped LEFT JOIN decisions ON number = last ORDER BY since, item"""
+            SELECT item AS id, {", ".join(_SHARED)}, max(frames) AS frames, count(*) AS instances,
+                sum(decision IS NULL) AS waiting, min(first_seen) AS first_seen, max(decision) AS last
+            FROM instances WHERE substr(item, 1, length(:id)) = :id GROUP BY item)
+        SELECT grouped.*, coalesce(kind, '') AS decision, coalesce(rectangles, '[]') AS rectangles,
+            coalesce(decided_by, '') AS by, coalesce(decided_at, '') AS "when"
+        FROM grouped LEFT JOIN decisions ON number = last ORDER BY first_seen, id"""
     found = []
-    for *fields, waiting, first_seen, _, kind, rectangles, by, when in db.execute(sql, (id, id)):
-        state: State = "waiting" if waiting else kind
-        done = {"rectangles": _rectangles(rectangles or "[]"), "by": by, "when": when}
-        found.append(Item(*fields, waiting=waiting, first_seen=first_seen, state=state, **done))
+    for row in _dicts(db.execute(sql, {"id": id})):
+        del row["last"]
+        found.append(Item(**{**row, "rectangles": _rectangles(row["rectangles"])}))
     return found
 
 

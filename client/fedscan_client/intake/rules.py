@@ -12,7 +12,7 @@ lets in, without a person, what would otherwise wait, after blacking out. What l
 Where several rules match, everything that any of them blacks out is blacked out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import date
 from typing import Literal, Self
 
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from pydicom._uid_dict import UID_dictionary  # names to UIDs: pydicom's public interface has only the other way
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 
 from fedscan_client.intake import blackout, headers
 from fedscan_client.intake.records import Rectangle, Refused
@@ -114,7 +115,7 @@ class QuarantineSettings(BaseModel):
         return self
 
 
-def blackout_for(ds: Dataset, rules: Sequence[Rule]) -> tuple[Rectangle, ...] | None:
+def blackout_for(ds: Dataset, rules: Iterable[Rule]) -> tuple[Rectangle, ...] | None:
     """What to black out before this image is let in without a person; None: no rule matches, so it waits.
 
     An empty tuple: a rule says that the device burns in nothing. Never raises: a header that cannot be read matches
@@ -139,7 +140,7 @@ def ultrasound_regions(ds: Dataset) -> tuple[Rectangle, ...] | None:
     """
     rows, columns = headers.count(ds, "Rows"), headers.count(ds, "Columns")
     declared = headers.value(ds, "SequenceOfUltrasoundRegions")
-    if not declared or len(declared) > MAX_REGIONS:
+    if not isinstance(declared, Sequence) or not 0 < len(declared) <= MAX_REGIONS:
         return None
     kept = []
     for region in declared:
