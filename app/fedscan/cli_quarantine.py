@@ -114,17 +114,20 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
 
 def _key(folder: Path) -> bytes:
     """The wrapping key of a site."""
-    try:
-        return (folder / "key").read_bytes()
-    except OSError:
-        raise ConfigError(f"{folder} has no key that can be read.", remedy="Check the folder and its rights.") from None
+    from fedscan_client import keys, site
+
+    here = site.load(folder)
+    return keys.load(here.folder, here.key).wrapping
 
 
-def _open_instance(_folder: Path, locator: str) -> "Dataset":
+def _open_instance(folder: Path, locator: str) -> "Dataset":
     """The instance of a locator, from the site's source."""
-    from fedscan_client.intake.sources import read_instance
+    from fedscan_client import keys, site
+    from fedscan_client.intake import objects, read
 
-    return read_instance(Path(locator))
+    here = site.load(folder)
+    with objects.opened(here, keys.load(folder, here.key), locator) as (stream, size):
+        return read.whole(stream, size)
 
 
 # --------------------------------------------------------------------------------------------------------- commands

@@ -51,7 +51,7 @@ class Task(Section):
         description="Pixels the model sees: [height, width]; one number is a square.",
     )
     channels: Literal[1, 3] = Field(1, description="1 = grey, 3 = colour. Images are converted.")
-    modality: str = Field("", description="DICOM modality the task is meant for: DX, CT, ...; \"\" = whatever there is.")
+    modality: str = Field("", description='DICOM modality the task is meant for: DX, CT, ...; "" = whatever there is.')
     window: Literal["header", "full"] | tuple[float, float] = Field(
         "header",
         description='Grey values shown, DICOM only: "header" = the image\'s own window; "full" = its smallest to its '

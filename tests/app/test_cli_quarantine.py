@@ -6,16 +6,17 @@ import json
 import tomllib
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 from rich.console import Console
 
 from fedscan import cli_quarantine, quarantine_view
+from fedscan_client import keys
 from fedscan_client.intake import preview_server, quarantine
 from fedscan_client.intake.quarantine import Found
 from fedscan_client.intake.rules import QuarantineSettings, blackout_for
-from fedscan_client.intake.sources import read_instance
 from fedscan_client.intake.traits import traits
 from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, DataError
@@ -26,8 +27,8 @@ SITE = """\
 name = "north"
 patients_declared = 20
 [source]
-kind = "cache"
-folder = "cache"
+kind = "folder"
+folder = "../pacs"
 [policy]
 max_epsilon = 8.0
 max_delta = 1e-5
@@ -58,13 +59,15 @@ def site(tmp_path):
     folder = tmp_path / "north"
     folder.mkdir()
     (folder / "site.toml").write_text(SITE)
-    (folder / "key").write_bytes(KEY)
+    keys.put(folder, keys.Settings(), keys.SiteKey(bytes(32), KEY), "test")
+    pacs = tmp_path / "pacs"
+    pacs.mkdir()
     found = []
     for number in (1, 2):
-        path = tmp_path / f"Canary^Carla-{number}.dcm"
+        path = pacs / f"Canary^Carla-{number}.dcm"
         ds = cr(path, f"1.2.3.{number}")
-        found.append(Found("burned_in", "p", "s", f"i{number}", str(path), "d", traits(ds, KEY)))
-    found.append(Found("not_dicom", "", "", "i3", str(tmp_path / "Canary.txt")))
+        found.append(Found("burned_in", "p", "s", f"i{number}", f"source\n{path.name}", "d", traits(ds, KEY)))
+    found.append(Found("not_dicom", "", "", "i3", "source\nCanary.txt"))
     quarantine.put(folder, KEY, found)
     return folder
 
@@ -108,7 +111,8 @@ def test_release_is_a_dry_run_first(site, run):
     id, _ = ids(site)
     said = run("release", id, *WORDS)
     assert "2 instances of Computed Radiography Image Storage, GE CR, 4 x 6: would be let in as they are" in said
-    assert "Nothing was changed" in said and asked(site) == [None, None] and not (site / "intake.jsonl").exists()
+    assert "Nothing was changed" in said and asked(site) == [None, None]
+    assert [row for row in auditlog.read(site / "intake.jsonl") if row.get("what") == "quarantine"] == []
     with pytest.raises(DataError, match="needs a name"):
         run("release", id, "--yes")
     assert "next ingest" in run("release", id[:4], *WORDS, "--yes")
@@ -147,7 +151,7 @@ def test_the_rule_that_is_printed_is_one_and_matches(site, run, tmp_path):
     id, _ = ids(site)
     text = run("blackout", id, "--rect", "0,0,2,6", "--as-rule", *WORDS)
     settings = QuarantineSettings.model_validate(tomllib.loads(text)["quarantine"])
-    ds = read_instance(tmp_path / "Canary^Carla-1.dcm")
+    ds = pydicom.dcmread(tmp_path / "pacs" / "Canary^Carla-1.dcm")
     assert blackout_for(ds, settings.rule) == settings.rule[0].rectangles != ()
     assert "Canary" not in text and asked(site) == [None, None]
     assert json.loads(run("blackout", id, "--rect", "0,0,2,6", "--as-rule", "--json"))["rows"] == 4
@@ -155,7 +159,7 @@ def test_the_rule_that_is_printed_is_one_and_matches(site, run, tmp_path):
 
 
 def test_a_rule_that_would_be_too_wide_is_not_printed(site, run, tmp_path):
-    cr(tmp_path / "Canary^Carla-1.dcm", "1.2.3.1", maker="")
+    cr(tmp_path / "pacs" / "Canary^Carla-1.dcm", "1.2.3.1", maker="")
     with pytest.raises(DataError, match=r"No rule can be made of it: rule .* is too wide"):
         run("release", ids(site)[0], "--as-rule")
 

@@ -26,6 +26,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
 
 from fedscan_client.intake import actions, headers, kinds
+from fedscan_client.intake import blackout as rectangles
 from fedscan_client.intake.actions import pseudonym, pseudonymous_uid
 from fedscan_client.intake.decode import frames
 from fedscan_client.intake.kinds import check_kind
@@ -96,7 +97,9 @@ def deidentify(
     if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
         del out.FrameIncrementPointer  # to a vector that this kind does not keep
     pixels = frames(ds)
-    _write_pixels(out, ds, _black(pixels, blackout, ds) if blackout else pixels)
+    if blackout:
+        pixels = rectangles.apply(pixels, blackout, rectangles.black(ds))
+    _write_pixels(out, ds, pixels)
     _declare(out, released or bool(blackout))
     out.preamble = b"\0" * 128
     out.file_meta = FileMetaDataset()
@@ -105,17 +108,6 @@ def deidentify(
     out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     out.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return out
-
-
-def _black(pixels: NDArray[Any], blackout: Sequence[Rectangle], ds: Dataset) -> NDArray[Any]:
-    """The rectangles in the darkest value the image holds (which leaves its range as it is), frame by frame."""
-    pixels = pixels if pixels.flags.writeable else pixels.copy()
-    inverted = headers.photometric(ds) == "MONOCHROME1"
-    black = 0 if pixels.ndim == 4 else pixels.max() if inverted else pixels.min()
-    for frame in pixels:
-        for box in blackout:
-            frame[max(box.top, 0) : max(box.bottom, 0), max(box.left, 0) : max(box.right, 0)] = black
-    return pixels
 
 
 def _write_pixels(out: Dataset, ds: Dataset, pixels: NDArray[Any]) -> None:

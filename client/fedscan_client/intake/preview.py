@@ -20,7 +20,7 @@ from rich.color import Color
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from fedscan_client.intake import blackout, headers, pixels
+from fedscan_client.intake import blackout, decode, headers
 from fedscan_client.intake.records import Rectangle
 
 View = Literal["linear", "equal"]
@@ -46,10 +46,9 @@ def picture(ds: Dataset) -> Picture:
     """Decodes an instance; the only place here that does.
 
     Raises:
-        Refused: see `pixels.decode`.
+        Refused: see `decode.frames`.
     """
-    frames = pixels.decode(ds)[None]
-    return Picture(frames, headers.photometric(ds) == "MONOCHROME1", blackout.black(ds))
+    return Picture(decode.frames(ds), headers.photometric(ds) == "MONOCHROME1", blackout.black(ds))
 
 
 def shown(it: Picture, index: int, rectangles: Sequence[Rectangle] = (), view: View = "linear") -> NDArray[np.uint8]:

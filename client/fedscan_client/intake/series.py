@@ -103,7 +103,8 @@ def pieces(
             chosen.append((row, label))
             seen.add(about.instance)
     together = len({label.label for _, label in chosen}) == 1 and not counts["unlabelled", ""]
-    decided = {row.header.instance: _decision(work, row) for row, _ in chosen if row.header.review}
+    looks = work.site.quarantine.ocr != "off"
+    decided = {row.header.instance: _decision(work, row) for row, _ in chosen if looks or row.header.review}
     digest = _digest(work, chosen, split, decided)
     told = work.index.outcome(uid, digest)
     if told is not None and all(name in known for name in told["entries"]):
@@ -184,12 +185,11 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
     Raises:
         Refused: it waits for a person, changed since its header was read, or cannot be used.
     """
-    rectangles: tuple[Rectangle, ...] = ()
-    if row.header.review:
-        by_rule = blackout_for(_header(work, row), work.site.quarantine.rule) if decided is None else decided
-        if by_rule is None:
+    rectangles = decided
+    if rectangles is None and row.header.review:
+        rectangles = blackout_for(_header(work, row), work.site.quarantine.rule)
+        if rectangles is None:
             raise Refused(row.header.review)
-        rectangles = by_rule
     if work.dry:
         return None
     try:
@@ -202,11 +202,8 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
     if name_of(ds, work.names, issuer) != row.header:
         raise Refused("changed")
     work.read["instances"] += 1
-    clean = deid.deidentify(ds, work.names, issuer=issuer, blackout=rectangles, released=bool(row.header.review))
-    if (
-        not row.header.review
-        and quarantine.decision_for(work.site.folder, row.header.series, row.header.instance, digest=row.stamp) is None
-    ):
+    clean = deid.deidentify(ds, work.names, issuer=issuer, blackout=rectangles or (), released=bool(row.header.review))
+    if decided is None and not row.header.review and work.site.quarantine.ocr != "off":
         _look(work, clean, number, of)
     return clean
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedscan_client.intake import cache, quarantine, read
+from fedscan_client.intake import cache, ocr, quarantine, read
 from fedscan_client.intake.records import REASONS, Rectangle
 from fedscan_client.intake.rules import QuarantineSettings, Rule
 from fedscan_core.errors import DataError
@@ -94,6 +94,22 @@ def test_an_image_that_waits_is_let_in_by_a_person_or_by_a_rule(door, cr_instanc
     )
     ruled = door.site(tmp_path, tmp_path / "ruled", quarantine=QuarantineSettings(rule=(rule,)))
     assert door.run(ruled).instances("accepted") == 1 and quarantine.items(ruled.folder) == []
+
+
+def test_the_second_alarm_sets_aside_and_a_person_overrules_it(door, cr_instance, save, tmp_path, monkeypatch):
+    door.lists(tmp_path, ["A-1"], "study_uid,label\n1.2,1\n")
+    save(cr_instance(), tmp_path / "dicom/a")
+    looked = []
+    monkeypatch.setattr(ocr, "alarm", lambda frame: looked.append(frame.shape) or True)
+    site = door.site(tmp_path, tmp_path / "site", quarantine=QuarantineSettings(ocr="sample"))
+    assert door.run(site).reasons("quarantined") == {"text_seen": 1} and looked == [(4, 6)]
+    (item,) = quarantine.items(site.folder)
+    box = Rectangle(0, 0, 1, 6)
+    quarantine.decide(site.folder, door.KEY.wrapping, item.id, "blackout", by="A", why="R", rectangles=[box])
+    assert door.run(site).instances("accepted") == 1 and len(looked) == 1
+    ((entry, pixels),) = door.contents(site)[door.name("A-1")]
+    values = np.frombuffer(pixels, entry.dtype).reshape(entry.shape)
+    assert not values[0, :1].any() and values[0, 1:].any()
 
 
 def test_a_consent_of_a_guardian_ends(door, cr_instance, save, tmp_path):
