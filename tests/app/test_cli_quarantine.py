@@ -96,6 +96,10 @@ def asked(site):
     return [quarantine.decision_for(site, "s", f"i{number}", digest="d") for number in (1, 2)]
 
 
+def decisions(site):
+    return [row for row in auditlog.read(site / "intake.jsonl") if row.get("what") == "quarantine"]
+
+
 def test_list(site, run):
     id, damaged = ids(site)
     text = run("list")
@@ -112,11 +116,11 @@ def test_release_is_a_dry_run_first(site, run):
     said = run("release", id, *WORDS)
     assert "2 instances of Computed Radiography Image Storage, GE CR, 4 x 6: would be let in as they are" in said
     assert "Nothing was changed" in said and asked(site) == [None, None]
-    assert [row for row in auditlog.read(site / "intake.jsonl") if row.get("what") == "quarantine"] == []
+    assert decisions(site) == []
     with pytest.raises(DataError, match="needs a name"):
         run("release", id, "--yes")
     assert "next ingest" in run("release", id[:4], *WORDS, "--yes")
-    assert asked(site) == [(), ()] and len(auditlog.read(site / "intake.jsonl")) == 1
+    assert asked(site) == [(), ()] and len(decisions(site)) == 1
     assert id not in run("list") and "released by A. Meier" in run("list", "--all")
     assert "seen all frames" in run("show", id)
 
