@@ -6,7 +6,6 @@ what it would find out here depends on its patients, so it must keep it to itsel
 
 import csv
 import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,11 +16,12 @@ import numpy as np
 
 from fedscan import partition
 from fedscan.phantom import draw_hospital
-from fedscan_client import cohort
+from fedscan_client import cohort, keys
 from fedscan_client import site as sites
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.ingest import ingest
 from fedscan_client.intake.sources import TableRow, read_table
+from fedscan_client.keys import SiteKey
 from fedscan_client.site import Site, Source
 from fedscan_core import accounting
 from fedscan_core.config import RunConfig, SiteRule
@@ -108,10 +108,9 @@ def _fill_from_phantoms(run: RunConfig, site: Site, archive: Path) -> None:
         image_size=min(256, max(32, height, width)),
     )
     # A pretend key for pretend patients, so that the same seed deals them to the same splits.
-    key = hashlib.sha256(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
-    descriptor = os.open(site.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
+    names = hashlib.sha256(f"fedscan phantom key|{run.train.seed}|{site.name}".encode()).digest()
+    key = SiteKey(names, hashlib.sha256(names).digest())
+    keys.put(site.folder, site.key, key, "key created")
     ingest(
         archive / "dicom",
         consent_csv=archive / "consent.csv",

@@ -126,9 +126,11 @@ def images_of(
                 )
                 for row in csv.DictReader(file)
             ], []
-    from fedscan_client.intake import cache, ingest
+    from fedscan_client import keys
+    from fedscan_client.intake import cache, cache_keys, ingest
 
-    key = (site_folder / "key").read_bytes()
+    key = keys.load(site_folder, keys.read_settings(site_folder))
+    cache_keys.check_key(folder, key)
     images: list[Image] = []
     left_out: list[str] = []
     for name in cache.patients(folder):
@@ -139,7 +141,7 @@ def images_of(
             continue
         for record in records:
             load = functools.partial(_cached_image, record.image, (channels, *size))
-            where = record.split or split_of(key, record.patient)
+            where = record.split or split_of(key.names, record.patient)
             images.append(Image(record.patient, record.label, where, record.sex, record.age, load))
     return images, left_out
 

@@ -198,6 +198,8 @@ def put(site_folder: Path, settings: Settings, key: SiteKey, event: str) -> None
 def replace_by_staged(site_folder: Path, settings: Settings, key: SiteKey) -> bool:
     """The last step of a rotation: the staged key takes the old one's place; False where a person must do it."""
     path = staged_path(site_folder, settings)
+    for stray in path.parent.glob(f".{path.name}.*.part"):  # a new key whose writing was killed: never used
+        stray.unlink()
     if settings.source == "file":
         os.replace(path, site_folder / settings.path)
         sync_folder(path.parent)
@@ -332,7 +334,7 @@ def _read_file(path: Path) -> str | None:
                 f"{path} is a symbolic link.", remedy="Give the file itself as 'path' in [key] of site.toml."
             ) from None
         raise SiteKeyError(f"{path} cannot be read: {error.strerror}.", remedy="Check its permissions.") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise SiteKeyError(f"{path} is not a regular file.", remedy=_BACKUP)
@@ -345,7 +347,9 @@ def _read_file(path: Path) -> str | None:
                 f"{path} can be read or changed by other users of this machine (mode {status.st_mode & 0o777:04o}).",
                 remedy=f"Type: chmod 600 {path}   If others may have read it, rotate it: fedscan agent key rotate.",
             )
-        return file.read(_LONGEST).decode("ascii", "replace")
+        return os.read(descriptor, _LONGEST).decode("ascii", "replace")
+    finally:
+        os.close(descriptor)
 
 
 def _keyring() -> Any:

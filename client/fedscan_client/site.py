@@ -2,7 +2,7 @@
 
     FOLDER/site.toml       name, declared cohort size, where its images are, the hospital's policy
            cohort.csv      source "table": the rows of this site
-           cache/ key      source "cache": what `intake.ingest` wrote, and the key (0600)
+           cache/ key      source "cache": what `intake.ingest` wrote, and the site's key: see `keys`
            ledger.sqlite   what has been spent, for ever
            ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
            outbox/         the last noisy answer, kept until the next one is there
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
+from fedscan_client.keys import Settings
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
 
@@ -48,6 +49,7 @@ class Site(BaseModel):
     source: Source
     policy: Policy
     counter: Path | None = None
+    key: Settings = Settings()
     folder: Path = Field(exclude=True)
 
     @property

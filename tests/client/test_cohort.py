@@ -1,16 +1,15 @@
 """Patients as tensors: who is in, in which order, and that one bad image spoils itself only."""
 
 import csv
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from fedscan_client import cohort
+from fedscan_client import cohort, keys
 from fedscan_client.cohort import TABLE, load_patients, split_of
-from fedscan_client.intake import pixels
+from fedscan_client.intake import cache, pixels
 from fedscan_client.site import Source
 from fedscan_core.errors import DataError
 from fedscan_models import registry, scatter
@@ -182,27 +181,23 @@ def test_a_network_has_its_weights_from_the_seed_and_its_trainable_part(make_run
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_site, make_run, tmp_path):
-    from fedscan_client.intake import cache
+def write_patient(site, key, name, split, images):
+    entries = tuple(cache.Entry(str(n), "", "ill", split, "", None, {}, "") for n in range(len(images)))
+    patient = cache.Patient(entries, None, "")
+    cache.write_patient(site.folder / "cache", key, name, patient, lambda entry: images[int(entry.id)])
 
+
+def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_site, make_run, tmp_path):
     site = make_site(tmp_path / "s", rows=[])
-    key = bytes(range(32))
-    (site.folder / "key").write_bytes(key)
+    key = keys.create(site.folder, site.key)
     pseudonyms = [f"{n:032x}" for n in range(12)]
     for number, name in enumerate(pseudonyms):
         images = np.random.default_rng(number).random((2, 1, 16, 16), np.float32)
-        meta: dict[str, Any] = {
-            "label": "ill",
-            "split": "test" if number == 0 else "",
-            "sex": "",
-            "age": None,
-            "group": {},
-        }
-        cache.write_patient(site.folder / "cache", key, name, cache.Payload({"images": images}, [meta, meta]))
+        write_patient(site, key, name, "test" if number == 0 else "", images)
     site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
     found = {split: load_patients(site, make_run(), split).ids for split in ("train", "val", "test")}
     for number, name in enumerate(pseudonyms):
-        assert name in found["test" if number == 0 else split_of(key, name)]
+        assert name in found["test" if number == 0 else split_of(key.names, name)]
     assert sum(map(len, found.values())) == 12
     patients = load_patients(site, make_run(), "train")
     first = np.random.default_rng(pseudonyms.index(patients.ids[0])).random((2, 1, 16, 16), np.float32)
@@ -224,18 +219,14 @@ def test_features_do_not_depend_on_who_else_is_in_the_cohort(make_site, make_run
 
 
 def test_a_cache_that_does_not_fit_leaves_images_out_and_raises_nothing(make_site, make_run, tmp_path):
-    from fedscan_client.intake import cache
-
-    site, key = make_site(tmp_path / "site"), bytes(range(32))
-    (site.folder / "key").write_bytes(key)
+    site = make_site(tmp_path / "site")
+    key = keys.create(site.folder, site.key)
     site = site.model_copy(update={"source": Source(kind="cache", folder=site.folder / "cache")})
     assert len(cohort.load_patients(site, make_run(), "train")) == 0  # no cache at all
     cohort.forget()
-    meta: dict[str, Any] = {"label": "ill", "split": "train", "sex": "", "age": None, "group": {}}
     for number, side in enumerate([16, 16, 20]):
-        images = np.zeros((1, 1, side, side), np.float32)
-        cache.write_patient(site.folder / "cache", key, f"{number:032x}", cache.Payload({"images": images}, [meta]))
-    altered = site.folder / "cache" / "patients" / f"{1:032x}.enc"
+        write_patient(site, key, f"{number:032x}", "train", np.zeros((1, 1, side, side), np.float32))
+    altered = site.folder / "cache" / "patients" / f"{1:032x}" / "index"
     altered.write_bytes(altered.read_bytes()[:-1])
     found = cohort.load_patients(site, make_run(), "train")
     assert found.ids == (f"{0:032x}",)

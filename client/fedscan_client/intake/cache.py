@@ -22,11 +22,11 @@ readers need none.
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
-from os import fsync
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ def destroy_patient(folder: Path, pid: str) -> bool:
                 with path.open("r+b") as file:  # a disk that writes in place forgets it at once
                     file.write(bytes(path.stat().st_size))
                     file.flush()
-                    fsync(file.fileno())
+                    os.fsync(file.fileno())
                 path.unlink()
         if key_file.parent.exists():
             sync_folder(key_file.parent)

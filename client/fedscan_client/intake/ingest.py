@@ -12,6 +12,7 @@ Labels are a CSV with one or more of the columns sop_uid, accession, study_uid (
 one that matches counts), the column label, and optionally split.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from fedscan_client.intake import cache, headers
+from fedscan_client.intake import cache, cache_keys, headers
 from fedscan_client.intake.consent import read_register
 from fedscan_client.intake.deid import deidentify, pseudonym
 from fedscan_client.intake.pixels import Channels, dicom_image
 from fedscan_client.intake.records import SPLITS, Record, Refused
 from fedscan_client.intake.sources import dicom_files, parse_rows, read_instance, read_text
+from fedscan_client.keys import SiteKey
 from fedscan_core.errors import DataError
 
 _IDENTITY = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -84,7 +86,7 @@ def ingest(
     consent_csv: Path,
     labels_csv: Path,
     image_size: tuple[int, int],
-    site_key: bytes,
+    site_key: SiteKey,
     out: Path,
     channels: Channels = 1,
     as_of: date | None = None,
@@ -97,7 +99,7 @@ def ingest(
         consent_csv: the consent register, see `consent.read_register`.
         labels_csv: see the module's docstring.
         image_size: (rows, columns) of the cached images.
-        site_key: the site's secret, at least 32 bytes; makes pseudonyms and protects the cache.
+        site_key: makes pseudonyms and protects the cache.
         out: the cache folder, see `cache`.
         channels: 1 or 3.
         as_of: the day for which consent is asked, default today.
@@ -105,11 +107,12 @@ def ingest(
 
     Raises:
         ConsentError: no usable register; nothing was read.
-        DataError: no usable labels, no file in the source, a cache of another key, or a key that is
-            too short.
+        SiteKeyError: the cache belongs to another key; nothing was changed.
+        DataError: no usable labels, or no file in the source.
     """
+    cache_keys.check_key(out, site_key)  # with wrong pseudonyms everybody would seem to have withdrawn
     register = read_register(consent_csv, as_of=as_of or date.today(), max_age_days=max_age_days)
-    cleared = {pseudonym(site_key, "pid", patient) for patient in register.permitted}
+    cleared = {pseudonym(site_key.names, "pid", patient) for patient in register.permitted}
     # Withdrawals first: whatever happens later in this run, they have been honoured.
     destroyed = sum(cache.destroy_patient(out, name) for name in cache.patients(out) if name not in cleared)
     labels = _read_labels(labels_csv)
@@ -138,7 +141,7 @@ def ingest(
                     raise Refused("uid_on_two_patients")
                 if entry.instance in seen:
                     raise Refused("duplicate")
-                clean = _read_clean(entry, site_key)
+                clean = _read_clean(entry, site_key.names)
                 image = dicom_image(clean, image_size, channels)
             except Refused as reason:
                 refused[reason.reason] += 1
@@ -146,8 +149,8 @@ def ingest(
             seen.add(entry.instance)
             images[clean.SOPInstanceUID] = (_meta(clean, *label), image)
         if images:
-            name = pseudonym(site_key, "pid", patient)
-            cache.write_patient(out, site_key, name, _payload(images, patient))
+            name = pseudonym(site_key.names, "pid", patient)
+            _keep(out, site_key, name, images, patient)
             counts["accepted"] += len(images)
             accepted.add(name)
     destroyed += sum(cache.destroy_patient(out, name) for name in cache.patients(out) if name not in accepted)
@@ -168,7 +171,7 @@ def ingest(
     )
 
 
-def load_cohort_records(out: Path, key: bytes) -> list[Record]:
+def load_cohort_records(out: Path, key: SiteKey) -> list[Record]:
     """All images in the cache, patients in the order of their pseudonyms.
 
     Args:
@@ -176,8 +179,8 @@ def load_cohort_records(out: Path, key: bytes) -> list[Record]:
         key: the site key with which it was written.
 
     Raises:
-        DataError: there is no cache, the key is another, a file was altered, or image sizes are
-            mixed.
+        SiteKeyError: the key is another.
+        DataError: there is no cache, a file was altered, or image sizes are mixed.
     """
     records = [record for name in cache.patients(out) for record in patient_records(out, key, name)]
     if not records:
@@ -187,16 +190,17 @@ def load_cohort_records(out: Path, key: bytes) -> list[Record]:
     return records
 
 
-def patient_records(out: Path, key: bytes, name: str) -> list[Record]:
+def patient_records(out: Path, key: SiteKey, name: str) -> list[Record]:
     """One cached patient's images.
 
     Raises:
-        DataError: not in the cache, another key, or a file that was altered.
+        SiteKeyError: the key is another.
+        Damaged: not in the cache, or a file was altered.
     """
-    payload = cache.read_patient(out, key, name)
+    opened = cache.open_patient(out, key, name)
     return [
-        Record(name, meta["label"], meta["split"], meta["sex"], meta["age"], meta["group"], image)
-        for meta, image in zip(payload.meta, payload.arrays["images"], strict=True)
+        Record(name, entry.label, entry.split, entry.sex, entry.age, entry.group, opened.values(entry))
+        for entry in opened.patient.entries
     ]
 
 
@@ -258,15 +262,29 @@ def _meta(clean: Dataset, label: str, split: str) -> dict[str, Any]:
     }
 
 
-def _payload(images: dict[str, tuple[dict[str, Any], NDArray[np.float32]]], patient: str) -> cache.Payload:
-    """One patient's images in the order of their pseudonymous UIDs, which hides that in time."""
-    ordered = [images[uid] for uid in sorted(images)]
-    if len({meta["split"] for meta, _ in ordered}) > 1:
+def _keep(
+    out: Path, key: SiteKey, name: str, images: dict[str, tuple[dict[str, Any], NDArray[np.float32]]], patient: str
+) -> None:
+    """Writes one patient's images in the order of their pseudonymous UIDs, which hides that in time."""
+    if len({meta["split"] for meta, _ in images.values()}) > 1:
         raise DataError(
             f"The label table puts patient {patient!r} into two splits.",
             remedy="Split by patient, not by image.",
         )
-    return cache.Payload({"images": np.stack([image for _, image in ordered])}, [meta for meta, _ in ordered])
+    digests = {uid: hashlib.sha256(image.tobytes()).hexdigest() for uid, (_, image) in images.items()}
+    entries = tuple(
+        cache.Entry(id=uid, study="", digest=digests[uid], **meta) for uid, (meta, _) in sorted(images.items())
+    )
+    there = {}
+    if name in cache.patients(out):
+        there = {entry.id: entry.digest for entry in cache.read_index(out, key, name).entries}
+    cache.write_patient(
+        out,
+        key,
+        name,
+        cache.Patient(entries, None, ""),
+        lambda entry: None if there.get(entry.id) == entry.digest else images[entry.id][1],
+    )
 
 
 def _read_labels(path: Path) -> dict[tuple[str, str], tuple[str, str]]:

@@ -14,9 +14,11 @@ from fedscan_client.intake import cache, pixels
 from fedscan_client.intake.deid import pseudonym
 from fedscan_client.intake.ingest import ingest, load_cohort_records
 from fedscan_client.intake.records import REASONS
-from fedscan_core.errors import ConsentError, DataError
+from fedscan_client.keys import SiteKey
+from fedscan_core.errors import ConsentError, DataError, SiteKeyError
 
 KEY = bytes(range(32))
+SITE_KEY = SiteKey(KEY, bytes(32))
 TODAY = date(2026, 1, 15)
 BROKEN = Path(__file__).parents[3] / "../shared/data/dicom/broken"
 BROKEN_FILES = sorted(p for p in BROKEN.rglob("*") if p.is_file()) if BROKEN.is_dir() else []
@@ -27,7 +29,7 @@ def run(folder: Path, out: Path, **changes):
         "consent_csv": folder / "consent.csv",
         "labels_csv": folder / "labels.csv",
         "image_size": (32, 32),
-        "site_key": KEY,
+        "site_key": SITE_KEY,
         "out": out,
         "as_of": TODAY,
     }
@@ -50,9 +52,9 @@ def write_lists(folder: Path, permitted: list[str], labels: str) -> None:
 def contents(out: Path):
     """Everything in the cache, decrypted."""
     return {
-        name: (p.meta, {k: v.tobytes() for k, v in p.arrays.items()})
+        name: [(entry, opened.values(entry).tobytes()) for entry in opened.patient.entries]
         for name in cache.patients(out)
-        if (p := cache.read_patient(out, KEY, name))
+        if (opened := cache.open_patient(out, SITE_KEY, name))
     }
 
 
@@ -64,7 +66,7 @@ def test_a_phantom_hospital_end_to_end(hospital, tmp_path):
     assert report.patients == 12 and report.cached == 9  # one denied, one withdrawn, one absent
     assert report.studies == len({h.StudyInstanceUID for h in headers})
     assert report.no_consent > 0 and not report.refused and report.unreadable == 0
-    records = load_cohort_records(tmp_path / "cache", KEY)
+    records = load_cohort_records(tmp_path / "cache", SITE_KEY)
     assert len(records) == report.accepted
     by_name = {pseudonym(KEY, "pid", h.PatientID): h for h in headers}
     for record in records:
@@ -91,8 +93,8 @@ def test_no_identity_in_the_cache_not_even_inside_the_encryption(hospital, tmp_p
         uids = (ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID)
         marks |= {str(v).encode() for v in (*values, *uids, ds.InstitutionName, ds.StationName, ds.StudyDate)}
     stored = [path.read_bytes() + path.name.encode() for path in tmp_path.rglob("*") if path.is_file()]
-    plain = [repr((meta, arrays)).encode() + b"".join(arrays.values()) for meta, arrays in contents(tmp_path).values()]
-    assert len(marks) > 60 and len(stored) == 18 and len(plain) == 9
+    plain = [b"".join(repr(entry).encode() + data for entry, data in images) for images in contents(tmp_path).values()]
+    assert len(marks) > 60 and len(stored) > 18 and len(plain) == 9
     assert not [mark for mark in marks for blob in stored + plain if mark in blob]
 
 
@@ -175,7 +177,7 @@ def test_labels_most_specific_first_and_splits(cr_instance, save, tmp_path):
     labels += "1.2.3.0,,,sop,val\n,ACC0,,acc,val\n,,1.2,study,val\n"
     write_lists(tmp_path, ["A-1"], labels)
     run(tmp_path, tmp_path / "cache")
-    records = load_cohort_records(tmp_path / "cache", KEY)
+    records = load_cohort_records(tmp_path / "cache", SITE_KEY)
     assert sorted(r.label for r in records) == ["acc", "sop", "study", "study"]
     assert {r.split for r in records} == {"val"}
     write_lists(tmp_path, ["A-1"], "sop_uid,label,split\n1.2.3.0,1,train\n1.2.3.1,1,test\n")
@@ -242,12 +244,13 @@ def test_a_file_that_becomes_somebody_else_between_the_passes(cr_instance, save,
 
 def test_loading_needs_a_cache_and_its_key(hospital, tmp_path):
     with pytest.raises(DataError, match="no cached patient"):
-        load_cohort_records(tmp_path, KEY)
+        load_cohort_records(tmp_path, SITE_KEY)
     run(hospital, tmp_path)
-    with pytest.raises(DataError, match="another site key"):
-        load_cohort_records(tmp_path, bytes(32))
-    with pytest.raises(DataError, match="16 bytes"):
-        run(hospital, tmp_path / "other", site_key=bytes(16))
+    with pytest.raises(SiteKeyError, match="another site key"):
+        load_cohort_records(tmp_path, SiteKey(bytes(32), bytes(32)))
+    with pytest.raises(SiteKeyError, match="another site key"):
+        run(hospital, tmp_path, site_key=SiteKey(bytes(32), bytes(32)))
+    assert len(cache.patients(tmp_path)) == 9
 
 
 def test_an_empty_source_is_an_error_and_destroys_nobody(hospital, tmp_path):
@@ -295,7 +298,7 @@ def test_broken_files_are_accepted_or_counted(tmp_path):
         assert report.files == balance(report) == 1 and set(report.refused) <= set(REASONS)
         outcomes[path.name] = "accepted" if report.accepted else next(iter(report.refused), "other")
         if report.accepted:
-            (record,) = load_cohort_records(single / "cache", KEY)
+            (record,) = load_cohort_records(single / "cache", SITE_KEY)
             assert np.isfinite(record.image).all() and 0 <= record.image.min() <= record.image.max() <= 1
     assert outcomes["monochrome1.dcm"] == outcomes["path_in_patient_id.dcm"] == "accepted"
     assert outcomes["rescale_slope_nan.dcm"] == "not_finite"
