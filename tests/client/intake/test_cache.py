@@ -311,7 +311,7 @@ def test_killed_at_every_write_a_patient_is_whole_as_before_or_as_now(memory_pat
             assert contents(here) == after and len(images(here)) == 2  # and nothing is left over
             shutil.rmtree(here)
             shutil.copytree(start, here)
-        assert seen == {True, False} and deaths > 20
+        assert seen == ({True, False} if begun else {False}) and deaths > 8
         shutil.rmtree(here)
 
 
