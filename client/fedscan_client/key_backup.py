@@ -53,8 +53,7 @@ def backup(key: SiteKey, path: Path, passphrase: str) -> None:
         raise SiteKeyError(
             f"The passphrase is shorter than {SHORTEST} characters.", remedy="Take five or six words at random."
         )
-    if path.exists() or path.is_symlink():
-        raise FolderError(f"{path} exists; it was left alone.", remedy="Give a new name.")
+    refuse_existing(path)
     head = f"key {key.key_id} made {date.today()} scrypt {LOG_N}"
     salt, nonce = secrets.token_bytes(_SALT), secrets.token_bytes(_NONCE)
     secret = AESGCM(_stretch(passphrase, salt, LOG_N)).encrypt(nonce, key.names + key.wrapping, _told(head))
@@ -66,6 +65,12 @@ def backup(key: SiteKey, path: Path, passphrase: str) -> None:
         write_atomic(path, "\n".join([_TITLE, f"{head} {_check(0, head)}", *body, *words, ""]).encode())
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror}.", remedy="Give another place.") from None
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises FolderError where there is anything at `path`."""
+    if path.exists() or path.is_symlink():
+        raise FolderError(f"{path} exists; it was left alone.", remedy="Give a new name.")
 
 
 def read(path: Path, passphrase: str) -> SiteKey:

@@ -144,8 +144,25 @@ def test_another_sites_key_rotates_nothing(tmp_path):
 
 def test_a_site_without_a_cache(tmp_path):
     old = keys.create(tmp_path, FILE)
-    assert key_rotation.rotate(tmp_path, FILE, None) and rotate(tmp_path)
-    assert keys.load(tmp_path, FILE).names == old.names and not (tmp_path / "cache").exists()
+    assert key_rotation.rotate(tmp_path, FILE, None)
+    new = keys.load(tmp_path, FILE)
+    assert new.names == old.names and new.wrapping != old.wrapping
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_cache_that_is_not_mounted_stops_it(tmp_path, mounted):
+    old = keys.create(tmp_path, FILE)
+    fill(tmp_path, old)
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    if mounted:
+        (tmp_path / "cache").mkdir()
+    with pytest.raises(SiteKeyError, match="mounted"):
+        rotate(tmp_path)
+    assert keys.load(tmp_path, FILE) == old
+    if mounted:
+        (tmp_path / "cache").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "cache")
+    assert readable(tmp_path, old) == NAMES
 
 
 def test_with_an_environment_variable_a_person_puts_the_new_key_in_place(tmp_path, monkeypatch):
