@@ -5,10 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fedscan_client.keys import Settings
+from typing import Any
 
 _KEY = """\
 The site's key makes the pseudonyms and protects the encrypted cache. It never leaves the site. Lost without a backup,
@@ -69,7 +66,7 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
     commands = key.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, words: str, text: str, run: Any) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, help=words, description=text, formatter_class=plain)
+        parser: argparse.ArgumentParser = commands.add_parser(name, help=words, description=text, formatter_class=plain)
         parser.add_argument("site", metavar="SITE_DIR", type=Path, help="the site's folder")
         parser.set_defaults(command=run)
         return parser
@@ -110,26 +107,25 @@ def show(arguments: argparse.Namespace) -> int:
     """`fedscan agent key show SITE_DIR`."""
     import json
 
-    from fedscan_client import key_rotation, keys
+    from fedscan_client import keys
+    from fedscan_client.intake import cache_keys
 
-    site, settings = arguments.site, keys.read_settings(arguments.site)
+    site, settings, cache = arguments.site, keys.read_settings(arguments.site), _cache_of(arguments.site)
     key = keys.load(site, settings)
-    plan = key_rotation.plan(site, settings, _cache_of(site))
+    opened = {} if cache is None else cache_keys.wrapped_by(cache, key)
     told = {
         "key": key.key_id,
         "source": settings.source,
         "place": keys.where(site, settings),
-        "patients": plan.patients,
-        "rotation_unfinished": plan.unfinished,
+        "patients": len(opened),
+        "rotation_unfinished": keys.staged_path(site, settings).exists(),
     }
     if arguments.json:
         print(json.dumps(told, indent=2))
         return 0
-    print(
-        f"key        {key.key_id}\nkept in    {told['place']}\nopens      the keys of {plan.patients} cached patients"
-    )
-    if plan.unfinished:
-        print(f"rotation   unfinished, {plan.left} patients to go: fedscan agent key rotate {site}")
+    print(f"key        {key.key_id}\nkept in    {told['place']}\nopens      the keys of {len(opened)} cached patients")
+    if told["rotation_unfinished"]:
+        print(f"rotation   unfinished; to go on: fedscan agent key rotate {site}")
     return 0
 
 
@@ -140,7 +136,8 @@ def rotate(arguments: argparse.Namespace) -> int:
 
     from fedscan_client import key_rotation, keys
 
-    site, settings, cache = arguments.site, keys.read_settings(arguments.site), _cache_of(arguments.site)
+    site, settings = arguments.site, keys.read_settings(arguments.site)
+    cache = _cache_of(site, needed=True)
     if arguments.dry_run:
         plan = key_rotation.plan(site, settings, cache)
         begun = "A rotation is unfinished: it would go on. " if plan.unfinished else ""
@@ -184,9 +181,11 @@ def restore(arguments: argparse.Namespace) -> int:
     if arguments.check:
         key = key_backup.read(arguments.file, passphrase)
         print(f"The backup opens: it holds the key {key.key_id}. Nothing was changed.")
-        if cache is not None:
+        if cache is not None and cache_keys.is_cache(cache):
             cache_keys.check_key(cache, keys.with_staged(site, settings, key))
             print(f"The cache {cache} belongs to it.")
+        else:
+            print("There is no cache to compare it with.")
         return 0
     key = key_backup.restore(arguments.file, passphrase, site, settings, cache)
     print(f"The site's key {key.key_id} is in {keys.where(site, settings)}.")
@@ -222,11 +221,15 @@ def _passphrase(descriptor: int | None, *, twice: bool) -> str:
     return text
 
 
-def _cache_of(site: Path) -> Path | None:
-    """The cache's folder; None for a site without site.toml, or one that reads a table."""
+def _cache_of(site: Path, *, needed: bool = False) -> Path | None:
+    """The cache's folder; None for a site that reads a table. Without site.toml the usual one, unless that is `needed`.
+
+    Raises:
+        ConfigError: site.toml cannot be read.
+    """
     from fedscan_client import site as sites
 
-    if not (site / sites.FILE).exists():
+    if not needed and not (site / sites.FILE).exists():
         return site / "cache" if (site / "cache").exists() else None
     source = sites.load(site).source
     return source.folder if source.kind == "cache" else None

@@ -35,7 +35,7 @@ def run(capsys):
     def typed(*words):
         arguments = parser.parse_args(["key", *map(str, words)])
         code = arguments.command(arguments)
-        out, err = capsys.readouterr()
+        out = capsys.readouterr().out
         assert code == 0
         return out
 
@@ -98,6 +98,10 @@ def test_rotate_after_a_dry_run(run, site, monkeypatch):
     files = {path: path.read_bytes() for path in site.folder.rglob("*") if path.is_file()}
     assert "2 of 2 patients" in run("rotate", site.folder, "--dry-run")
     assert files == {path: path.read_bytes() for path in site.folder.rglob("*") if path.is_file()}
+    (site.folder / "site.toml").rename(site.folder / "aside")
+    with pytest.raises(ConfigError):  # or a cache elsewhere would be lost
+        run("rotate", site.folder)
+    (site.folder / "aside").rename(site.folder / "site.toml")
     with monkeypatch.context() as patch:
         patch.setattr(keys, "replace_by_staged", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -111,7 +115,7 @@ def test_rotate_after_a_dry_run(run, site, monkeypatch):
 
 def test_rotate_and_create_with_an_environment_variable(run, tmp_path, monkeypatch):
     (tmp_path / "site.toml").write_text('[key]\nsource = "environment"\n')
-    monkeypatch.setattr(cli_key, "_cache_of", lambda site: None)
+    monkeypatch.setattr(cli_key, "_cache_of", lambda site, needed=False: None)
     assert "key.environment" in run("create", tmp_path)
     monkeypatch.setenv("FEDSCAN_SITE_KEY", (tmp_path / "key.environment").read_text().splitlines()[1].split("=", 1)[1])
     assert "key.next" in run("rotate", tmp_path)
