@@ -44,7 +44,11 @@ def test_a_file_is_what_the_docstring_says_and_holds_a_npy_file(tmp_path):
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), how=st.sampled_from(["flip", "cut", "add"]))
+@given(
+    where=st.floats(0, 1, exclude_max=True),
+    flip=st.integers(1, 255),
+    how=st.sampled_from(["flip", "cut", "add", "append"]),
+)
 def test_any_change_of_a_file_is_noticed(tmp_path, where, flip, how):
     values, path = np.arange(500, dtype="<i4"), tmp_path / "x"
     path.unlink(missing_ok=True)
@@ -55,6 +59,7 @@ def test_any_change_of_a_file_is_noticed(tmp_path, where, flip, how):
         "flip": whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :],
         "cut": whole[:place],
         "add": whole[:place] + bytes([flip]) + whole[place:],
+        "append": whole + bytes([flip]),
     }[how]
     path.write_bytes(changed)
     with pytest.raises(InvalidTag):
