@@ -35,7 +35,7 @@ _TITLE = "FEDSCAN SITE KEY BACKUP 1"
 _LINE = 32  # characters
 _LONGEST = 1 << 16
 _SALT, _NONCE, _TAG = 16, 12, 16
-_HEAD = re.compile(r"key ([0-9a-f]{16}-[0-9a-f]{16})  made (\d{4}-\d{2}-\d{2})  scrypt (\d{1,2})")
+_HEAD = re.compile(r"key [0-9a-f]{16}-[0-9a-f]{16} made \d{4}-\d{2}-\d{2} scrypt (\d{1,2})")
 
 
 def backup(key: SiteKey, path: Path, passphrase: str) -> None:
@@ -53,19 +53,24 @@ def backup(key: SiteKey, path: Path, passphrase: str) -> None:
         raise SiteKeyError(
             f"The passphrase is shorter than {SHORTEST} characters.", remedy="Take five or six words at random."
         )
-    if path.exists() or path.is_symlink():
-        raise FolderError(f"{path} exists; it was left alone.", remedy="Give a new name.")
-    head = f"key {key.key_id}  made {date.today()}  scrypt {LOG_N}"
+    refuse_existing(path)
+    head = f"key {key.key_id} made {date.today()} scrypt {LOG_N}"
     salt, nonce = secrets.token_bytes(_SALT), secrets.token_bytes(_NONCE)
     secret = AESGCM(_stretch(passphrase, salt, LOG_N)).encrypt(nonce, key.names + key.wrapping, _told(head))
     text = base64.b32encode(salt + nonce + secret).decode().rstrip("=")
     lines = [text[start : start + _LINE] for start in range(0, len(text), _LINE)]
     body = [f"{number}  {_spaced(line)}  {_check(number, line)}" for number, line in enumerate(lines, 1)]
-    words = "Restore: fedscan agent key restore SITE_DIR THIS_FILE. Keep the passphrase elsewhere."
+    words = "To restore: fedscan agent key restore SITE_DIR THIS_FILE", "Keep the passphrase elsewhere."
     try:
-        write_atomic(path, "\n".join([_TITLE, head, *body, words, ""]).encode())
+        write_atomic(path, "\n".join([_TITLE, f"{head} {_check(0, head)}", *body, *words, ""]).encode())
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror}.", remedy="Give another place.") from None
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises FolderError where there is anything at `path`."""
+    if path.exists() or path.is_symlink():
+        raise FolderError(f"{path} exists; it was left alone.", remedy="Give a new name.")
 
 
 def read(path: Path, passphrase: str) -> SiteKey:
@@ -114,9 +119,16 @@ def _parse(path: Path) -> tuple[str, bytes]:
     except OSError as error:
         raise SiteKeyError(f"{path} cannot be read: {error.strerror}.", remedy="Give the backup's file.") from None
     lines = [line for line in lines if line]
-    head = _HEAD.fullmatch(lines[1]) if len(lines) > 2 and lines[0] == _TITLE else None
-    if head is None or not LOG_N <= int(head[3]) <= _MOST_LOG_N:
+    if len(lines) < 3 or " ".join(lines[0].upper().split()) != _TITLE:
         raise SiteKeyError(f"{path.name} is no backup of a site key of this version.", remedy="Give the whole file.")
+    *words, check = lines[1].lower().split()
+    head = " ".join(words)
+    form = _HEAD.fullmatch(head)
+    if form is None or check.upper() != _check(0, head) or not LOG_N <= int(form[1]) <= _MOST_LOG_N:
+        raise SiteKeyError(
+            f"{path.name}: the line that begins with 'key' is not as it was written.",
+            remedy="Compare it with the original.",
+        )
     text = ""
     size = -(-8 * (_SALT + _NONCE + 2 * KEY_BYTES + _TAG) // 5)
     for number, line in enumerate(lines[2:], 1):
@@ -132,7 +144,7 @@ def _parse(path: Path) -> tuple[str, bytes]:
     try:
         if len(text) != size:
             raise binascii.Error
-        return lines[1], base64.b32decode(text + "=" * (-len(text) % 8))
+        return head, base64.b32decode(text + "=" * (-len(text) % 8))
     except binascii.Error:
         raise SiteKeyError(f"{path.name}: a line is missing.", remedy="Compare it with the original.") from None
 

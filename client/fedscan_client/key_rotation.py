@@ -43,10 +43,16 @@ def plan(site_folder: Path, settings: Settings, cache: Path | None) -> Plan:
     """Opens every patient's key and changes nothing.
 
     Raises:
-        SiteKeyError: no usable key, or the cache belongs to another one.
+        SiteKeyError: no usable key, no cache where it should be, or one that belongs to another key.
         Damaged: a patient's key does not open: nobody's is rotated before that patient is removed.
     """
     key = keys.load(site_folder, settings)
+    if cache is not None and not cache_keys.is_cache(cache):
+        # An empty mount point: with the old key gone, what is on the missing disk could never be opened again.
+        raise SiteKeyError(
+            f"There is no cache in {cache}, so its patients' keys cannot be wrapped anew.",
+            remedy="Check that its disk is mounted. A site that never took anything in needs no rotation.",
+        )
     found = {} if cache is None else cache_keys.wrapped_by(cache, key)
     unfinished = keys.staged_path(site_folder, settings).exists()
     done = key.after().wrapping_id if unfinished else ""
@@ -86,7 +92,7 @@ def rotate(
         if key.staged is not None:
             for more in also:
                 more(key)
-        if cache is not None and cache.exists():
+        if cache is not None:
             with cache_keys.locked(cache):
                 done = key.after().wrapping_id
                 found = cache_keys.wrapped_by(cache, key)  # again: others may have written until now

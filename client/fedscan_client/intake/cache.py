@@ -41,7 +41,7 @@ from fedscan_core.errors import DataError
 from fedscan_core.files import sync_folder, write_atomic
 
 INDEX = "index"
-_LARGEST = 2**35  # bytes of an image; the cipher ends at 2^36
+_LARGEST = 2**31 - 2**16  # bytes of an image that the cipher takes at once
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Opened:
             Damaged: the file was altered or is gone, or there is no such entry.
         """
         image = self._images.get(entry.id)
-        if image is None or image.entry != entry:
+        if image is None or (image.entry is not entry and image.entry != entry):
             raise Damaged(f"Patient {self._name} has no such image.", remedy="Read the index again.")
         try:
             told = seal.about("image", self._name, entry.id)

@@ -55,6 +55,11 @@ def with_key(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "keys").glob("*.key") if is_pseudonym(path.stem))
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether anything was ever written there."""
+    return (folder / _CHECK).exists() or bool(with_key(folder))
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the cache against other writers; waits for them."""

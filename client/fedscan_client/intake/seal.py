@@ -6,15 +6,17 @@
     16 bytes   tag
 
 Guarantee: whoever has not the key reads only the length, and cannot change, cut or exchange a file unnoticed
-(`InvalidTag`), because what a file is about (`about`) is authenticated with it. Arrays are sealed and opened in
-blocks, so that memory is one array and one block; what was opened is given out only after the tag was checked. There is
-no pickle: the `.npy` header must be, byte for byte, that of the type and shape that the reader expects.
+(`InvalidTag`), because what a file is about (`about`) is authenticated with it. Writing takes memory
+for one block beside the array, reading none beside the array. There is no pickle: the `.npy` header must be, byte for
+byte, that of the type and shape that the reader expects. Files are never written to again once they are there: whatever
+cuts one off while it is being read ends the reading process.
 """
 
 import functools
 import io
 import json
 import math
+import mmap
 import os
 import secrets
 from pathlib import Path
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 VERSION = b"fedscan-cache-2\n"
 NONCE, TAG = 12, 16
-_BLOCK = 1 << 19  # fits a processor's cache: a block is decrypted while it is still there
+_BLOCK = 1 << 20
 _KINDS = "biuf"  # bool, whole numbers, floats
 
 
@@ -105,30 +107,38 @@ def read_array(path: Path, key: bytes, mark: str, dtype: str, shape: tuple[int, 
     """
     header, marks = _header(dtype, shape), bytes.fromhex(mark)
     nonce, tag = marks[:NONCE], marks[NONCE:]
-    length = len(header) + np.dtype(dtype).itemsize * math.prod(shape)
-    out = np.empty(length, np.uint8)
-    to, block = out.data, memoryview(bytearray(min(_BLOCK, length)))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        head = os.read(descriptor, len(VERSION) + NONCE)
-        if head != VERSION + nonce:
+    start = len(VERSION) + NONCE
+    out = np.empty(len(header) + np.dtype(dtype).itemsize * math.prod(shape), np.uint8)
+    with _mapped(path, start + len(out) + TAG) as file:
+        if file[:start] != VERSION + nonce or file[-TAG:] != tag:
             raise InvalidTag
-        decryptor = Cipher(algorithms.AES(key), modes.GCM(nonce)).decryptor()
-        decryptor.authenticate_additional_data(told)
-        at = 0
-        while at < length:
-            got = os.readv(descriptor, [block[: length - at]])
-            if not got:
-                raise InvalidTag
-            at += decryptor.update_into(block[:got], to[at:])
-        if os.read(descriptor, TAG + 1) != tag:
-            raise InvalidTag
-        decryptor.finalize_with_tag(tag)
-    finally:
-        os.close(descriptor)
-    if bytes(to[: len(header)]) != header:
+        with memoryview(file) as whole, whole[start:] as sealed:
+            AESGCM(key).decrypt_into(nonce, sealed, told, out.data)
+    if out[: len(header)].tobytes() != header:
         raise InvalidTag
     return out[len(header) :].view(dtype).reshape(shape)
+
+
+def _mapped(path: Path, length: int) -> mmap.mmap:
+    """The file in memory, without a copy: that copy would cost more than the cipher."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(file).st_size != length:
+            raise InvalidTag
+        at = 0
+        while at < length:  # a bad disk is an OSError here; at the first touch of a mapping it would end the process
+            sent = os.sendfile(_nowhere(), file, at, length - at)
+            if not sent:
+                raise InvalidTag
+            at += sent
+        return mmap.mmap(file, length, access=mmap.ACCESS_READ)
+    finally:
+        os.close(file)
+
+
+@functools.cache
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 @functools.lru_cache(maxsize=256)
