@@ -135,6 +135,7 @@ def rotate(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from fedscan_client import key_rotation, keys
+    from fedscan_client.intake import objects
 
     site, settings = arguments.site, keys.read_settings(arguments.site)
     cache = _cache_of(site, needed=True)
@@ -147,7 +148,7 @@ def rotate(arguments: argparse.Namespace) -> int:
     def progress(names: Sequence[str]) -> Iterable[str]:
         return track(names, "wrapping patients' keys", console=Console(stderr=True), transient=True)
 
-    if key_rotation.rotate(site, settings, cache, progress=progress):
+    if key_rotation.rotate(site, settings, cache, also=objects.rewrapped(site), progress=progress):
         print(f"The site's key is now {keys.load(site, settings).key_id}; the old one opens nothing here any more.")
         print(f"Make a new backup: fedscan agent key backup {site} FILE")
     else:
@@ -231,5 +232,5 @@ def _cache_of(site: Path, *, needed: bool = False) -> Path | None:
 
     if not needed and not (site / sites.FILE).exists():
         return site / "cache" if (site / "cache").exists() else None
-    source = sites.load(site).source
-    return source.folder if source.kind == "cache" else None
+    here = sites.load(site)
+    return here.cache if here.table is None else None

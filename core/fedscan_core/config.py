@@ -296,8 +296,8 @@ class Data(Section):
 
     source: Literal["table", "phantom", "hospitals"] = Field(
         "table",
-        description='"table": images and a CSV; "phantom": synthetic hospitals as DICOM; "hospitals": a folder for each '
-        "site, with dicom/, labels.csv and consent.csv, taken in through the hospital's door.",
+        description='"table": images and a CSV; "phantom": synthetic hospitals as DICOM; "hospitals": a folder for '
+        "each site with dicom/, labels.csv and consent.csv, taken in through the hospital's door.",
     )
     dir: str | None = Field(None, description="Folder of the images; --data overrides it.")
     table: str = Field(

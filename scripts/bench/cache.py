@@ -71,8 +71,8 @@ def measure(folder: Path, images: int, repeats: int, progress: Console) -> list[
         plain = [here / f"{number}.npy" for number in range(count)]
         for number, path in enumerate(plain):
             np.save(path, arrays[number % len(arrays)])
-        entries = tuple(cache.Entry(str(n), "", "ill", "", "", None, {}, "") for n in range(count))
-        cache.write_patient(here, key, PID, cache.Patient(entries, None, ""), lambda e, a=arrays: a[int(e.id) % len(a)])
+        entries = (cache.Entry(str(n), "", "ill", "", "", None, {}, "") for n in range(count))
+        cache.write_patient(here, key, PID, ((it, arrays[n % len(arrays)]) for n, it in enumerate(entries)))
         os.sync()
         for state in ("cold", "warm", "reused"):
             times = rounds(here, key, plain, state, repeats, progress)

@@ -13,7 +13,8 @@ from fedscan import cli_key
 from fedscan_client import key_backup, keys
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache
-from fedscan_client.site import Site, Source, save
+from fedscan_client.intake.sources.settings import Folder
+from fedscan_client.site import Site, save
 from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 
@@ -48,15 +49,15 @@ def site(tmp_path):
     here = Site(
         name="north",
         patients_declared=20,
-        source=Source(kind="cache", folder=tmp_path / "north" / "cache"),
+        source={"source": Folder(kind="folder", folder=tmp_path / "pacs")},
         policy=Policy(max_epsilon=1.0, max_delta=1e-5),
         folder=tmp_path / "north",
     )
     save(here)
     key = keys.create(here.folder, here.key)
     for pid in ("a" * 32, "b" * 32):
-        entries = (cache.Entry("2.25.1", "", "ill", "", "", None, {}, ""),)
-        cache.write_patient(here.source.folder, key, pid, cache.Patient(entries, None, ""), lambda e: np.zeros(3))
+        entry = cache.Entry("2.25.1", "", "ill", "", "", None, {}, "")
+        cache.write_patient(here.cache, key, pid, [(entry, np.zeros(3))])
     return here
 
 
@@ -110,7 +111,7 @@ def test_rotate_after_a_dry_run(run, site, monkeypatch):
     assert "new backup" in run("rotate", site.folder)
     new = keys.load(site.folder, site.key)
     assert new.names == old.names and new.wrapping != old.wrapping
-    assert len(cache.read_index(site.source.folder, new, "a" * 32).entries) == 1
+    assert len(cache.read_index(site.cache, new, "a" * 32).entries) == 1
 
 
 def test_rotate_and_create_with_an_environment_variable(run, tmp_path, monkeypatch):

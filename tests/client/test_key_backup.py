@@ -28,8 +28,8 @@ def quick(monkeypatch):
 
 
 def fill(site, key):
-    entries = (cache.Entry("2.25.1", "", "ill", "", "", None, {}, ""),)
-    cache.write_patient(site / "cache", key, A, cache.Patient(entries, None, ""), lambda e: np.arange(9))
+    entry = cache.Entry("2.25.1", "", "ill", "", "", None, {}, "")
+    cache.write_patient(site / "cache", key, A, [(entry, np.arange(9))])
 
 
 def test_site_folder_lost_key_restored_cache_readable(tmp_path):

@@ -21,8 +21,8 @@ NAMES = [f"{number:032x}" for number in range(3)]
 
 def fill(site, key, names=NAMES):
     for name in names:
-        entries = (cache.Entry("2.25.1", "", name[-1], "", "", None, {}, ""),)
-        cache.write_patient(site / "cache", key, name, cache.Patient(entries, None, ""), lambda e: np.arange(9))
+        entry = cache.Entry("2.25.1", "", name[-1], "", "", None, {}, "")
+        cache.write_patient(site / "cache", key, name, [(entry, np.arange(9))])
 
 
 def readable(site, key):

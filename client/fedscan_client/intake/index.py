@@ -105,8 +105,7 @@ class Index:
 
     def put(self, locator: str, stamp: str, header: Header) -> None:
         """Writes or replaces the row of an object."""
-        place, nonce = self._place(locator), secrets.token_bytes(_NONCE)
-        sealed = nonce + self._seal.encrypt(nonce, locator.encode("utf-8", "surrogateescape"), place)
+        place, sealed = self._sealed(locator)
         self._db.execute(
             "REPLACE INTO object VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (place, stamp, sealed, self.run, *astuple(header)),
@@ -180,6 +179,21 @@ class Index:
         """The objects set aside for their header alone."""
         yield from self._rows("reason <> ''", ())
 
+    def rekey(self, after: "Index") -> None:
+        """Moves every row to `after`, the same file under another wrapping key."""
+        moved = []
+        for place, sealed in self._db.execute("SELECT place, locator FROM object"):
+            locator = self._opened(place, sealed)
+            if locator is not None:
+                moved.append((*after._sealed(locator), place))
+            elif after._opened(place, sealed) is None:
+                raise DataError("The intake's index is under neither key.", remedy=f"Remove {FILE} and ingest again.")
+        self._db.executemany("UPDATE object SET place = ?, locator = ? WHERE place = ?", moved)
+
+    def _sealed(self, locator: str) -> tuple[bytes, bytes]:
+        place, nonce = self._place(locator), secrets.token_bytes(_NONCE)
+        return place, nonce + self._seal.encrypt(nonce, locator.encode("utf-8", "surrogateescape"), place)
+
     def _rows(self, where: str, values: tuple[str, ...]) -> list[Row]:
         rows: list[Row] = []
         for place, locator, stamp, *names in self._db.execute(
@@ -234,6 +248,18 @@ def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Inde
         raise DataError(
             f"The intake's index {path} cannot be used ({error}).", remedy="Remove it and ingest again."
         ) from None
+
+
+def rekey(folder: Path, old: bytes, new: bytes) -> None:
+    """Seals every place again under a new wrapping key, in one transaction; what is under it already stays.
+
+    Raises:
+        DataError: the file is not an index, or holds something under neither key; nothing was changed.
+    """
+    if not (folder / FILE).exists():
+        return
+    with opened(folder, old) as before:
+        before.rekey(Index(before._db, new))
 
 
 def _connect(path: Path, dry: bool) -> sqlite3.Connection:

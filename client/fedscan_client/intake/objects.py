@@ -6,11 +6,12 @@ spool.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 
-from fedscan_client.intake import cache, quarantine
+from fedscan_client.intake import cache, index, quarantine
 from fedscan_client.intake.index import Row
 from fedscan_client.intake.records import Refused
 from fedscan_client.intake.sources import folder, spool
@@ -79,6 +80,15 @@ def drop_spooled(site: Site, rows: Iterable[Row]) -> int:
     for locator in own:
         spool.drop(site.spool, locator)
     return len(own)
+
+
+def rewrapped(site_folder: Path) -> list[Callable[[SiteKey], None]]:
+    """What is under the site's wrapping key outside the cache, for `key_rotation.rotate`: index, quarantine, spool.
+
+    Each may be called again after a crash.
+    """
+    places = ((index.rekey, site_folder), (quarantine.rekey, site_folder), (spool.rekey, site_folder / "spool"))
+    return [lambda key, it=it, at=at: it(at, key.wrapping, key.after().wrapping) for it, at in places]
 
 
 def _named(name: str, item: Found) -> Found:

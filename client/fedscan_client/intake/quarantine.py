@@ -199,21 +199,28 @@ def remove_patient(folder: Path, patient: str) -> int:
 
 
 def rekey(folder: Path, old: bytes, new: bytes) -> None:
-    """Seals everything again under a new wrapping key, in one transaction.
+    """Seals everything again under a new wrapping key, in one transaction; what is under it already stays.
 
     Raises:
-        DataError: something was not sealed under `old`; nothing was changed.
+        DataError: something was sealed under neither; nothing was changed.
     """
     if not (folder / NAME).exists():
         return
+
+    def again(blob: bytes, bound: str) -> bytes:
+        try:
+            return seal(new, unseal(old, blob, bound), bound)
+        except DataError:
+            unseal(new, blob, bound)
+            return blob
+
     with writing(folder) as db:
         for instance, blob in db.execute("SELECT instance, locator FROM instances").fetchall():
-            bound = f"locator {instance}"
-            again = seal(new, unseal(old, blob, bound), bound)
-            db.execute("UPDATE instances SET locator = ? WHERE instance = ?", (again, instance))
+            db.execute(
+                "UPDATE instances SET locator = ? WHERE instance = ?", (again(blob, f"locator {instance}"), instance)
+            )
         for number, blob in db.execute("SELECT number, why FROM decisions").fetchall():
-            again = seal(new, unseal(old, blob, f"why {number}"), f"why {number}")
-            db.execute("UPDATE decisions SET why = ? WHERE number = ?", (again, number))
+            db.execute("UPDATE decisions SET why = ? WHERE number = ?", (again(blob, f"why {number}"), number))
     wipe_log(folder)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedscan_client.intake import cache, cache_keys, seal
-from fedscan_client.intake.cache import Entry, Patient, write_patient
+from fedscan_client.intake.cache import Entry, Patient
 from fedscan_client.intake.cache_keys import Damaged
 from fedscan_client.intake.records import Volume, Window
 from fedscan_client.keys import SiteKey
@@ -30,6 +30,12 @@ def pixels(seed, shape=(3, 8, 40), dtype="<i2"):
 
 def patient(*names, label="ill"):
     return Patient(tuple(entry(name, label) for name in names), date(2030, 1, 2), NEEDLE.decode())
+
+
+def write_patient(folder, key, pid, kept, values):
+    """`cache.write_patient` of a whole patient, the images made one after the other."""
+    images = ((it, values(it)) for it in kept.entries)
+    return cache.write_patient(folder, key, pid, images, consent_until=kept.consent_until, basis=kept.basis)
 
 
 def fill(folder, pid=A, names=(1, 2), seed=0, label="ill"):
@@ -379,11 +385,18 @@ def test_foreign_files_are_nobody(tmp_path):
     assert cache.patients(tmp_path) == [A] and cache.sweep(tmp_path) == 0
 
 
+def test_a_patient_without_an_image_is_none(tmp_path):
+    assert cache.write_patient(tmp_path, KEY, A, ()).entries == () and cache.patients(tmp_path) == []
+    fill(tmp_path)
+    cache.write_patient(tmp_path, KEY, A, ())
+    assert cache.patients(tmp_path) == [] and not list((tmp_path / "keys").iterdir())
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path):
     with pytest.raises(ValueError, match="only numbers"):
         write_patient(tmp_path, KEY, A, patient(1), lambda e: np.array([None]))
     with pytest.raises(Damaged, match="no such image"):
         write_patient(tmp_path, KEY, A, patient(1), lambda e: None)
-    with pytest.raises(DataError, match="same id"):
+    with pytest.raises(DataError, match="have one id"):
         write_patient(tmp_path, KEY, A, patient(1, 1), lambda e: pixels(1))
     assert cache.patients(tmp_path) == [] and not images(tmp_path)

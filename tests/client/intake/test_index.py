@@ -140,3 +140,19 @@ def test_a_file_that_is_no_index_is_told(tmp_path: Path) -> None:
     (tmp_path / index.FILE).write_bytes(b"something else, longer than a header of SQLite" * 40)
     with pytest.raises(DataError, match="cannot be used"), index.opened(tmp_path, KEY):
         pass
+
+
+def test_a_new_wrapping_key_knows_what_the_old_one_knew(tmp_path: Path) -> None:
+    with index.opened(tmp_path, KEY) as seen:
+        seen.put("a", "1", header("p", instance="1"))
+        seen.put("b", "1", header("p", instance="2"))
+    for _ in range(2):  # a crash repeats it
+        index.rekey(tmp_path, KEY, OTHER)
+    with index.opened(tmp_path, OTHER) as seen:
+        assert seen.seen("a", "1") and seen.seen("b", "1") and seen.count() == 2
+        assert [row.locator for _, rows in seen.series("p") for row in rows] == ["a", "b"]
+    with index.opened(tmp_path, KEY) as seen:
+        assert not seen.seen("a", "1")
+    with pytest.raises(DataError, match="neither"):
+        index.rekey(tmp_path, KEY, b"x" * 32)
+    index.rekey(tmp_path / "nothing", KEY, OTHER)
