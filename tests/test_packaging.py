@@ -32,7 +32,7 @@ def test_every_declared_dependency_is_pinned_within_its_bounds() -> None:
 
 def test_every_import_is_declared() -> None:
     """A package that comes along with another may go away with it: what we import, we name."""
-    declared = {canonicalize_name(r.name) for r in [*RUNTIME, *EXTRAS["ray"]]} | {"fedscan", "ray"}
+    declared = {canonicalize_name(r.name) for r in [*RUNTIME, *EXTRAS["ray"], *EXTRAS["keyring"]]} | {"fedscan", "ray"}
     providers = packages_distributions()
     for room in ("app", "client", "server", "models", "core"):
         for path in (ROOT / room).rglob("*.py"):
