@@ -276,10 +276,10 @@ def _apply(rule: Rule, asked: _Question, named: bool) -> tuple[bool, date | None
     inside = [found for inner in rule.rules if (found := _apply(inner, asked, named)) is not None]
     if any(not permit for permit, _ in inside):
         return False, None
-    if rule.permit:
-        return named, when.whole_end  # a permit that does not say for what is none
     if not inside:
-        return False, None
+        return rule.permit and named, when.whole_end  # a permit that does not say for what is none
+    if rule.permit and named:
+        return True, when.whole_end
     ends = [end for _, end in inside]
     last = None if None in ends else max(end for end in ends if end)
     return True, min((end for end in (last, when.whole_end) if end), default=None)
