@@ -37,7 +37,6 @@ _R4 = _COMMON | values.elements("scope patient dateTime performer organization p
 _R5 = _COMMON | values.elements(
     "subject date period grantor manager controller regulatoryBasis policyBasis policyText decision"
 )
-_REFERENCE = ("reference", "type", "identifier", "display")
 _VERIFICATION = ("verified", "verificationType", "verifiedBy", "verifiedWith", "verificationDate")
 
 Verdict = Literal["permit", "deny", "silent"]
@@ -163,24 +162,26 @@ def _by_guardian(resource: Node, version: str) -> bool:
     Raises:
         NotUnderstood: an unknown element, or the consent is not a patient's (R5 knows others).
     """
-    patient = values.check(resource.get("subject" if version == "R5" else "patient"), _REFERENCE, "Consent.patient")
+    patient = _reference(resource.get("subject" if version == "R5" else "patient"), "Consent.patient")
     if patient.get("type", "Patient") != "Patient":
         raise NotUnderstood("Consent.patient.type")
-    own = {key for key in _names(patient) if key}
+    own = set(_names(patient)) - {None}
     name = "grantor" if version == "R5" else "performer"
-    agreed = [values.check(node, _REFERENCE, f"Consent.{name}") for node in values.items(resource, name, "Consent")]
+    agreed = [_reference(node, f"Consent.{name}") for node in values.items(resource, name, "Consent")]
     return any(not own.intersection(_names(node)) for node in agreed)
 
 
-def _names(reference: Node) -> tuple[Any, Any]:
-    identifier = reference.get("identifier")
-    pair = (
-        (identifier.get("system"), identifier.get("value"))
-        if isinstance(identifier, dict) and isinstance(identifier.get("value"), str)
-        else None
-    )
-    text = reference.get("reference")
-    return (text if isinstance(text, str) else None, pair if pair and isinstance(pair[0], str) else None)
+def _reference(found: Any, where: str) -> Node:
+    return values.check(found, ("reference", "type", "identifier", "display"), where)
+
+
+def _names(reference: Node) -> tuple[Any, ...]:
+    """What a reference names: a resource, or system and value of an identifier."""
+    text = values.string(reference, "reference", "Consent: a reference")
+    if "identifier" not in reference:
+        return (text,)
+    pair = values.identifier(reference["identifier"], "Consent: an identifier")
+    return (text, pair if all(pair) else None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rules
