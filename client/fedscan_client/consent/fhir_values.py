@@ -4,6 +4,7 @@ Anything that is not known raises `NotUnderstood`: the consent it stands in then
 R5, "JSON representation", "Datatypes".
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -177,6 +178,7 @@ def known(tokens: Collection[str], accepted: Collection[str]) -> bool:
     return all(token in accepted or f"{token.partition('|')[0]}|" in accepted for token in tokens)
 
 
+@functools.lru_cache(maxsize=4096)
 def moment(text: str, where: str) -> Moment:
     """A FHIR date or dateTime.
 

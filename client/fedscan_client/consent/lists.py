@@ -20,6 +20,7 @@ somebody in again, the hospital removes the old row; no date order can do it by 
 """
 
 import csv
+import functools
 import io
 import re
 from collections import Counter, defaultdict
@@ -79,6 +80,7 @@ def is_identifier(who: PatientId) -> bool:
     return bool(who.id) and (who.id + who.issuer).isprintable() and "\ufffd" not in who.id + who.issuer
 
 
+@functools.lru_cache(maxsize=4096)
 def iso(text: str) -> date | None:
     """The date written as YYYY-MM-DD, else None."""
     try:
