@@ -191,7 +191,7 @@ def _print_patient(told: dict[str, Any], console: "Console") -> None:
         if row["destroyed"] is None:
             console.print(f"Withdrew on {row['day']}.", soft_wrap=True)
         else:
-            _print_counts("  destroyed", row["destroyed"], console)
+            _print_counts("destroyed", row["destroyed"], console)
     if told["held"]:
         table = Table("study", "modality", "label", "split", Column("images", justify="right"), title="Images")
         table.title_justify = "left"
@@ -228,6 +228,8 @@ def _print_withdrawal(told: dict[str, Any], console: "Console") -> None:
         console.print(f"  was eligible for run {run['run_id']} (model {run['model']})", soft_wrap=True)
     if told["runs"]:
         console.print("  Models of these runs that were released stay as they are.", soft_wrap=True)
+    if not any(told["destroyed"].values()) and not told["runs"]:
+        console.print("Nothing is known under this number and issuer: are they written as in the image headers?")
     if not done:
         console.print("Add --yes to do it.")
 

@@ -147,7 +147,7 @@ def _held(told: dict[str, Any]) -> str:
     rows = [
         (
             *(group[what][:32] or "-" for what in ("study", "modality", "label")),
-            _USES[group["split"]],
+            _USES.get(group["split"], "-"),
             str(group["images"]),
         )
         for group in told["held"]
@@ -159,7 +159,7 @@ appear under code names.</p>
 {table}"""
 
 
-_USES = {"train": "training", "val": "tuning", "test": "testing", "": "-"}
+_USES = {"train": "training", "val": "tuning", "test": "testing"}
 
 
 def _consent(consent: dict[str, Any]) -> str:

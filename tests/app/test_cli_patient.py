@@ -61,7 +61,8 @@ def test_show_as_text_json_and_letter(folder, tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["images"] == 1 and not printed.err and NUMBER not in printed.out
     assert NUMBER in target.read_text() and "Ask Dr. Who" in target.read_text() and target.stat().st_mode & 0o77 == 0
-    for inside in (folder / "letter.html", folder / "sub" / ".." / "letter.html"):
+    (tmp_path / "link").symlink_to(folder)
+    for inside in (folder / "letter.html", tmp_path / "link" / "letter.html"):
         with pytest.raises(FolderError):
             call("patient", "show", str(folder), NUMBER, "--letter", str(inside))
     with pytest.raises(FolderError):
@@ -83,6 +84,8 @@ def test_the_number_may_come_from_standard_input(folder, capsys, monkeypatch):
 def test_withdraw_is_dry_by_default(folder, capsys):
     assert call("patient", "withdraw", str(folder), NUMBER) == 0
     assert "nothing was changed yet" in capsys.readouterr().out and cache.patients(folder / "cache") == [NAME]
+    assert call("patient", "withdraw", str(folder), NUMBER[1:]) == 0
+    assert "Nothing is known under this number" in capsys.readouterr().out
     assert call("patient", "withdraw", str(folder), NUMBER, "--yes") == 0
     out = capsys.readouterr().out
     assert "destroyed: key and files in the cache: 1" in out and "eligible for run run-1 (model scatter)" in out

@@ -115,6 +115,14 @@ def test_an_opt_out_list_permits_whom_it_does_not_name(load):
     assert reasons(empty, "A") == ["no_objection"]
 
 
+def test_an_objection_is_not_missed_for_its_issuer(load):
+    text = "# as-of: 2026-01-10\npatient_id,issuer\n1,NORTH\n2,\n"
+    register = load(text, kind="opt-out", legal_basis="law", issuer="SOUTH")
+    for issuer, expected in (("NORTH", False), ("SOUTH", False), ("", False), ("EAST", True)):
+        assert register.decide(name_of("1", issuer)).permit == expected
+    assert register.decide(name_of("2", "NORTH")).permit and not register.decide(name_of("2")).permit
+
+
 @pytest.mark.parametrize("basis", ["", "  "])
 def test_an_opt_out_list_without_a_legal_basis_is_refused(load, basis):
     with pytest.raises(ValueError, match="legal_basis"):
