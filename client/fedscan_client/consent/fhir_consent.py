@@ -255,8 +255,6 @@ def _answer(
         return "silent", None
     permit, end = result
     if permit:
-        if today is not None and end is not None and end < today:
-            return "silent", None  # its last day, of which only a part was permitted
         return "permit", end
     applied = [_apply(inner, asked, research or rule.names_use) for inner in rule.rules]
     by_default = not rule.permit and not rule.codes and not any(inner and not inner[0] for inner in applied)
@@ -273,6 +271,8 @@ def _apply(rule: Rule, asked: _Question, named: bool) -> tuple[bool, date | None
             return None
     if rule.codes and asked.code not in rule.codes and (rule.permit or not set(asked.denying) & set(rule.codes)):
         return None
+    if not rule.permit and today is not None and when.whole_end and today > when.whole_end:
+        return False, None  # it ends in the course of the day: what it permits inside does not hold for all of it
     named = named or rule.names_use
     inside = [found for inner in rule.rules if (found := _apply(inner, asked, named)) is not None]
     if any(not permit for permit, _ in inside):
