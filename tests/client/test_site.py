@@ -39,6 +39,23 @@ def test_round_trip(tmp_path):
     assert site.load(tmp_path / "b").book == Book(tmp_path / "b" / "ledger.sqlite", tmp_path / "b" / "ledger.counter")
 
 
+def test_a_consent_register_is_kept_and_a_wrong_one_named(tmp_path):
+    section = '[consent]\nkind = "fhir"\npath = "export"\ncodes = []\n[consent.issuers]\n"urn:oid:1.2.3" = "SOUTH"\n'
+    (tmp_path / site.FILE).write_text(GOOD + section)
+    here = site.load(tmp_path)
+    assert here.consent is not None and here.consent.issuers == {"urn:oid:1.2.3": "SOUTH"} and not here.consent.codes
+    site.save(here)
+    assert site.load(tmp_path) == here
+    for old, new, words in (
+        ("codes = []", "code = []", "consent.code"),
+        ('"fhir"', '"opt-out"', "legal_basis"),
+        ('[consent.issuers]\n"urn:oid:1.2.3" = "SOUTH"\n', "", "issuers"),
+    ):
+        (tmp_path / site.FILE).write_text((GOOD + section).replace(old, new))
+        with pytest.raises(ConfigError, match=words):
+            site.load(tmp_path)
+
+
 def test_the_counter_of_the_ledger_may_lie_on_another_disk(tmp_path):
     for text, counter in (("/mnt/other/north.counter", Path("/mnt/other/north.counter")), ("c", tmp_path / "c")):
         (tmp_path / site.FILE).write_text(f'counter = "{text}"\n{GOOD}')

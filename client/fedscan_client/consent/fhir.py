@@ -35,6 +35,8 @@ from fedscan_core.errors import ConsentError
 
 MANIFEST = "manifest.json"  # of FHIR Bulk Data Export
 _BUNDLES = ("collection", "searchset", "batch", "transaction")
+_BUNDLE = fhir_values.elements("resourceType id meta language identifier type timestamp total link entry signature")
+_ENTRY = fhir_values.elements("id extension link fullUrl resource search request response")
 _PATIENT = fhir_values.elements(
     "resourceType meta language text identifier active name telecom gender birthDate deceasedBoolean deceasedDateTime "
     "address maritalStatus multipleBirthBoolean multipleBirthInteger photo contact communication generalPractitioner "
@@ -140,22 +142,23 @@ def _resources(file: Path, export: _Export) -> Iterator[tuple[Node, str]]:
 
 
 def _bundle(bundle: Node, export: _Export) -> Iterator[tuple[Node, str]]:
-    links, entries = bundle.get("link", []), bundle.get("entry", [])
-    if bundle.get("type") not in _BUNDLES or "implicitRules" in bundle:
-        raise Malformed(f"a Bundle must be of type {', '.join(_BUNDLES)}, without implicitRules")
-    if not isinstance(links, list) or not isinstance(entries, list):
-        raise Malformed("the Bundle's link or entry is not a list")
-    total = bundle.get("total", 0)
-    paged = any(not isinstance(link, dict) or link.get("relation") == "next" for link in links)
-    if paged or not isinstance(total, int) or total > len(entries):
+    links, entries, total = bundle.get("link", []), bundle.get("entry", []), bundle.get("total", 0)
+    if bundle.keys() - _BUNDLE or bundle.get("type") not in _BUNDLES:
+        raise Malformed(f"a Bundle must be of type {', '.join(_BUNDLES)} and hold nothing unknown")
+    if not isinstance(links, list) or not isinstance(entries, list) or not isinstance(total, int):
+        raise Malformed("the Bundle's link, entry or total is not what it should be")
+    if total > len(entries) or any(not isinstance(link, dict) or link.get("relation") == "next" for link in links):
         raise Malformed("the Bundle is one page of several")
-    meta = bundle.get("meta")
-    for text in (bundle.get("timestamp"), meta.get("lastUpdated") if isinstance(meta, dict) else None):
-        _note_date(text, export.dates)
+    meta = bundle.get("meta", {})
+    for text in (bundle.get("timestamp"), meta.get("lastUpdated") if isinstance(meta, dict) else ""):
+        if text is not None:
+            _note_date(text, export.dates)
     for entry in entries:
-        request = entry.get("request", {"method": "PUT"}) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or entry.keys() - _ENTRY:
+            raise Malformed("an entry of the Bundle holds something unknown")
+        request = entry.get("request", {"method": "PUT"})
         if not isinstance(request, dict) or request.get("method") not in ("PUT", "POST"):
-            raise Malformed("an entry of the Bundle is no resource, or deletes one")
+            raise Malformed("an entry of the Bundle does not bring a resource")
         url = entry.get("fullUrl", "")
         yield _resource(entry.get("resource")), url if isinstance(url, str) else ""
 
@@ -173,8 +176,7 @@ def _resource(node: Any) -> Node:
 
 def _note_date(text: Any, dates: list[date]) -> None:
     try:
-        if isinstance(text, str):
-            dates.append(fhir_values.moment(text, "").first)
+        dates.append(fhir_values.moment(text if isinstance(text, str) else "", "").first)
     except NotUnderstood:
         raise Malformed("a timestamp in it is no FHIR date") from None
 
@@ -225,18 +227,17 @@ def _patient(resource: Node, settings: Settings, key: bytes) -> _Patient:
 
 
 def _identifiers(given: list[Any], settings: Settings, key: bytes) -> tuple[frozenset[str], bool]:
-    """Keyed names of the identifiers whose system is known here, and whether one of them cannot be used."""
+    """Keyed names of the identifiers whose system is known here, and whether one of them all is not understood."""
     names, bad = set(), False
     for node in given:
-        system = node.get("system") if isinstance(node, dict) else None
-        if not isinstance(system, str) or system not in settings.issuers:
-            continue
-        value = node.get("value")
-        who = PatientId(value.strip() if isinstance(value, str) else "", settings.issuers[system])
         try:
-            fhir_values.check(node, ("use", "type", "system", "value", "period", "assigner"), "identifier")
+            system, value = fhir_values.identifier(node, "identifier")
         except NotUnderstood:
             bad = True
+            system, value = (node.get("system"), node.get("value")) if isinstance(node, dict) else (None, None)
+        if not isinstance(system, str) or system not in settings.issuers:
+            continue
+        who = PatientId(value.strip() if isinstance(value, str) else "", settings.issuers[system])
         if is_identifier(who):
             names.add(patient_name(key, who))
         else:
@@ -246,7 +247,7 @@ def _identifiers(given: list[Any], settings: Settings, key: bytes) -> tuple[froz
 
 def _whose(nodes: list[Any], settings: Settings, key: bytes) -> _Whose:
     nodes = [node for node in nodes if isinstance(node, dict)]
-    names, bad = _identifiers([node.get("identifier") for node in nodes], settings, key)
+    names, bad = _identifiers([node["identifier"] for node in nodes if "identifier" in node], settings, key)
     return _Whose(names, tuple(node["reference"] for node in nodes if isinstance(node.get("reference"), str)), bad)
 
 
@@ -296,8 +297,9 @@ def decide(consents: list[Said], births: list[date | None]) -> Decision:
     if undated is not None:
         return Decision(False, undated.reason if undated.reason != "permit" else "no_date", basis)
     moments = [said.moment for said in consents if said.moment is not None]
-    last = [consents[index] for index in fhir_values.newest(moments)]
-    same = len({said.moment.same for said in last if said.moment}) == 1
+    newest = fhir_values.newest(moments)
+    last = [consents[index] for index in newest]
+    same = all(fhir_values.same(moments[index], moments[newest[0]]) for index in newest)
     for number in range(len(last[0].verdicts)):
         verdicts = {said.verdicts[number] for said in last}
         if "deny" in verdicts or "permit" not in verdicts or (not same and "silent" in verdicts):

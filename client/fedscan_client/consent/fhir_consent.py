@@ -37,7 +37,6 @@ _R4 = _COMMON | values.elements("scope patient dateTime performer organization p
 _R5 = _COMMON | values.elements(
     "subject date period grantor manager controller regulatoryBasis policyBasis policyText decision"
 )
-_REFERENCE = ("reference", "type", "identifier", "display")
 _VERIFICATION = ("verified", "verificationType", "verifiedBy", "verifiedWith", "verificationDate")
 
 Verdict = Literal["permit", "deny", "silent"]
@@ -163,24 +162,26 @@ def _by_guardian(resource: Node, version: str) -> bool:
     Raises:
         NotUnderstood: an unknown element, or the consent is not a patient's (R5 knows others).
     """
-    patient = values.check(resource.get("subject" if version == "R5" else "patient"), _REFERENCE, "Consent.patient")
+    patient = _reference(resource.get("subject" if version == "R5" else "patient"), "Consent.patient")
     if patient.get("type", "Patient") != "Patient":
         raise NotUnderstood("Consent.patient.type")
-    own = {key for key in _names(patient) if key}
+    own = set(_names(patient)) - {None}
     name = "grantor" if version == "R5" else "performer"
-    agreed = [values.check(node, _REFERENCE, f"Consent.{name}") for node in values.items(resource, name, "Consent")]
+    agreed = [_reference(node, f"Consent.{name}") for node in values.items(resource, name, "Consent")]
     return any(not own.intersection(_names(node)) for node in agreed)
 
 
-def _names(reference: Node) -> tuple[Any, Any]:
-    identifier = reference.get("identifier")
-    pair = (
-        (identifier.get("system"), identifier.get("value"))
-        if isinstance(identifier, dict) and isinstance(identifier.get("value"), str)
-        else None
-    )
-    text = reference.get("reference")
-    return (text if isinstance(text, str) else None, pair if pair and isinstance(pair[0], str) else None)
+def _reference(found: Any, where: str) -> Node:
+    return values.check(found, ("reference", "type", "identifier", "display"), where)
+
+
+def _names(reference: Node) -> tuple[Any, ...]:
+    """What a reference names: a resource, or system and value of an identifier."""
+    text = values.string(reference, "reference", "Consent: a reference")
+    if "identifier" not in reference:
+        return (text,)
+    pair = values.identifier(reference["identifier"], "Consent: an identifier")
+    return (text, pair if all(pair) else None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rules
@@ -254,8 +255,6 @@ def _answer(
         return "silent", None
     permit, end = result
     if permit:
-        if today is not None and end is not None and end < today:
-            return "silent", None  # its last day, of which only a part was permitted
         return "permit", end
     applied = [_apply(inner, asked, research or rule.names_use) for inner in rule.rules]
     by_default = not rule.permit and not rule.codes and not any(inner and not inner[0] for inner in applied)
@@ -272,14 +271,16 @@ def _apply(rule: Rule, asked: _Question, named: bool) -> tuple[bool, date | None
             return None
     if rule.codes and asked.code not in rule.codes and (rule.permit or not set(asked.denying) & set(rule.codes)):
         return None
+    if not rule.permit and today is not None and when.whole_end and today > when.whole_end:
+        return False, None  # it ends in the course of the day: what it permits inside does not hold for all of it
     named = named or rule.names_use
     inside = [found for inner in rule.rules if (found := _apply(inner, asked, named)) is not None]
     if any(not permit for permit, _ in inside):
         return False, None
-    if rule.permit:
-        return named, when.whole_end  # a permit that does not say for what is none
     if not inside:
-        return False, None
+        return rule.permit and named, when.whole_end  # a permit that does not say for what is none
+    if rule.permit and named:
+        return True, when.whole_end
     ends = [end for _, end in inside]
     last = None if None in ends else max(end for end in ends if end)
     return True, min((end for end in (last, when.whole_end) if end), default=None)

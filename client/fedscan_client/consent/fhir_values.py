@@ -4,6 +4,7 @@ Anything that is not known raises `NotUnderstood`: the consent it stands in then
 R5, "JSON representation", "Datatypes".
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -54,11 +55,6 @@ class Moment:
     first: date
     last: date
     instant: datetime | None = None
-
-    @property
-    def same(self) -> object:
-        """Equal for two moments that are surely the same."""
-        return self.instant or (self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -167,11 +163,22 @@ def concept(node: Any, where: str) -> tuple[str, ...]:
     return codes or (str(text),)
 
 
+def identifier(node: Any, where: str) -> tuple[str | None, str | None]:
+    """An Identifier as its system and value; None where absent.
+
+    Raises:
+        NotUnderstood: an unknown element, or one of the two that is no string.
+    """
+    node = check(node, ("use", "type", "system", "value", "period", "assigner"), where)
+    return string(node, "system", where), string(node, "value", where)
+
+
 def known(tokens: Collection[str], accepted: Collection[str]) -> bool:
     """Whether each token, or its system as "system|", is accepted."""
     return all(token in accepted or f"{token.partition('|')[0]}|" in accepted for token in tokens)
 
 
+@functools.lru_cache(maxsize=4096)
 def moment(text: str, where: str) -> Moment:
     """A FHIR date or dateTime.
 
@@ -200,6 +207,13 @@ def later(one: Moment, other: Moment) -> bool:
         return one.instant > other.instant
     day = timedelta(days=1 if one.instant or other.instant else 0)
     return one.first - day > other.last
+
+
+def same(one: Moment, other: Moment) -> bool:
+    """Whether two moments are surely the same day, or the same instant."""
+    if one.instant or other.instant:
+        return one.instant == other.instant
+    return one.first == one.last == other.first == other.last
 
 
 def newest(moments: Sequence[Moment]) -> list[int]:

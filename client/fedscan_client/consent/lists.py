@@ -12,7 +12,7 @@ UTF-8, comma-separated, the columns named in the first line, which may be preced
 | opt-out | patient_id | issuer, date |
 
 Dates are YYYY-MM-DD; by_guardian is yes or no. A column of another name is refused: a misspelt `until` must not be
-read as no end.
+read as no end. An objection counts for its issuer, for the site's default one and for none.
 
 A register permits a patient when **every** row about them says `permit` with a date that is not in the future; the rows
 of the newest date say until when and by whom. One `deny` or `withdrawn` among ten permits: not permitted. To let
@@ -20,6 +20,7 @@ somebody in again, the hospital removes the old row; no date order can do it by 
 """
 
 import csv
+import functools
 import io
 import re
 from collections import Counter, defaultdict
@@ -58,7 +59,10 @@ def read(
                 f"Row {number} of the consent register {settings.path} has no patient id that can be read.",
                 remedy="Correct the row, or leave it out if it is nobody's.",
             )
-        by_name[patient_name(key, who)].append(row)
+        # An objection must not be missed because a header and a list do not name the issuer alike.
+        issuers = {who.issuer, settings.issuer, ""} if settings.kind == "opt-out" else {who.issuer}
+        for issuer in issuers:
+            by_name[patient_name(key, PatientId(who.id, issuer))].append(row)
     days = [day for row in rows if (day := iso(row.get("date", ""))) and day <= today]
     drawn_up = as_of or max(days, default=None)
     if drawn_up is None:
@@ -79,6 +83,7 @@ def is_identifier(who: PatientId) -> bool:
     return bool(who.id) and (who.id + who.issuer).isprintable() and "\ufffd" not in who.id + who.issuer
 
 
+@functools.lru_cache(maxsize=4096)
 def iso(text: str) -> date | None:
     """The date written as YYYY-MM-DD, else None."""
     try:
