@@ -176,7 +176,7 @@ def _date(found: Any, _element: Element, given: Secrets) -> Any:
 def _code(found: Any, element: Element, _given: Secrets) -> Any:
     """Of a fixed number of values all must be known; of any number the known ones stay."""
     values = [str(value).strip() for value in _values(found)]
-    known = [value for value in values if value in CODES[element.keyword]]
+    known = [value for value in values if value in CODES[element.keyword]] or list(element.arguments)
     return _fitting(known, element) if element.fewest == 1 or known == values else None
 
 

@@ -92,6 +92,9 @@ def deidentify(
         out = actions.apply(ds, kind.table, actions.secrets(key, patient))
     if out is None:
         raise Refused("bad_header")
+    pointers = out.get("FrameIncrementPointer")
+    if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
+        del out.FrameIncrementPointer  # to a vector that this kind does not keep
     pixels = frames(ds)
     _write_pixels(out, ds, _black(pixels, blackout, out) if blackout else pixels)
     _declare(out, released or bool(blackout))
@@ -117,10 +120,11 @@ def _black(pixels: NDArray[Any], blackout: Sequence[Rectangle], ds: Dataset) -> 
 
 def _write_pixels(out: Dataset, ds: Dataset, pixels: NDArray[Any]) -> None:
     """The image pixel module (PS3.3 C.7.6.3) of plain numbers."""
-    allocated, colour = 8 * pixels.dtype.itemsize, pixels.ndim == 4
-    stored = headers.count(ds, "BitsStored")
+    colour, stored = pixels.ndim == 4, headers.count(ds, "BitsStored")
     if headers.value(ds, "PhotometricInterpretation") == "PALETTE COLOR":
-        stored = allocated
+        # Many palettes of 16 bits hold 8; ultrasound allows no more (C.8.5.6), and no screen of colour shows more.
+        pixels, stored = (pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8), 8
+    allocated = 8 * pixels.dtype.itemsize
     out.SamplesPerPixel = 3 if colour else 1
     out.PhotometricInterpretation = "RGB" if colour else str(headers.photometric(ds))
     if colour:

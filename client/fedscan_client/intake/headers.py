@@ -21,8 +21,8 @@ from fedscan_client.intake.records import Refused
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 
-def value(ds: Dataset, keyword: str) -> Any:
-    """The value of an element, None where absent.
+def value(ds: Dataset, keyword: str | int) -> Any:
+    """The value of an element by keyword (None where absent) or by tag (which must be there).
 
     Raises:
         Refused: it cannot be parsed.

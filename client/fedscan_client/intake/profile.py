@@ -20,7 +20,7 @@ Actions (`actions.py`):
     pid              keyed pseudonym of issuer and patient id
     age              whole years, 90 for everybody older
     date             shifted by the patient's own number of days; of a date and time only the date
-    code             only values of `profile_values.CODES`
+    code[:WORD]      only values of `profile_values.CODES`; WORD in place of any other
     imagetype        values 1 and 2 checked as above, further ones only of a closed list
     words            free text reduced to the words of a closed list, in alphabetical order
     maker            only a name of `profile_values.MAKERS`, otherwise "other"

@@ -7,7 +7,7 @@ from fedscan_client.intake.profile import tables
 
 ENHANCED = tables(r"""
 [ENHANCED] C.7.6.16 Multi-frame Functional Groups; C.7.6.17 Dimension; C.7.5.2 Enhanced Equipment; C.12.1 Concatenation
-0008,0023 ContentDate date 2
+0008,0023 ContentDate date 2c
 0008,0033 ContentTime dummy:000000 1
 0008,002A AcquisitionDateTime date 3
 0008,1090 ManufacturerModelName dummy:removed 1
@@ -62,11 +62,16 @@ ENHANCED = tables(r"""
 0020,9111 FrameContentSequence items:FRAME 3
 0020,9113 PlanePositionSequence items:POSITION 3
 0020,9116 PlaneOrientationSequence items:ORIENTATION 3
+0020,9170 UnassignedSharedConvertedAttributesSequence items:UNASSIGNED 3
+0020,9171 UnassignedPerFrameConvertedAttributesSequence items:UNASSIGNED 3
 0020,9253 RespiratorySynchronizationSequence items:RESPIRATION 3
 0020,9310 TemporalPositionSequence items:TEMPORAL 3
 0028,9110 PixelMeasuresSequence items:MEASURES 3
 0028,9132 FrameVOILUTSequence items:FRAME_VOI 3
 0028,9145 PixelValueTransformationSequence items:TRANSFORMATION 1c
+
+[UNASSIGNED] C.7.6.16.2.25 Unassigned Converted Attributes (legacy converted images)
+0020,0013 InstanceNumber number:0:999999 3
 
 [MEASURES] C.7.6.16.2.1 Pixel Measures
 0018,0050 SliceThickness number:0:1000 3
@@ -122,14 +127,14 @@ ENHANCED = tables(r"""
 
 [FRAME_TYPE] C.8.15.3.1, C.8.13.5.1, C.8.22.5.1 CT, MR and PET Image Frame Type
 0008,9007 FrameType imagetype 3
-0008,9205 PixelPresentation code 3
+0008,9205 PixelPresentation code:MONOCHROME 3
 0008,9206 VolumetricProperties code 3
 0008,9207 VolumeBasedCalculationTechnique code 3
 0008,9208 ComplexImageComponent code 3
 0008,9209 AcquisitionContrast code 3
 
 [ENHANCED_CT] C.8.15.2 Enhanced CT Image
-0008,9205 PixelPresentation code 3
+0008,9205 PixelPresentation code:MONOCHROME 3
 0008,9206 VolumetricProperties code 3
 0008,9207 VolumeBasedCalculationTechnique code 3
 
@@ -190,7 +195,7 @@ ENHANCED = tables(r"""
 0018,9352 CalciumScoringMassFactorDevice number:0:1000 3
 
 [ENHANCED_MR] C.8.13.1 Enhanced MR Image; C.8.13.3 common CT/MR description; C.8.13.4 MR Pulse Sequence
-0008,9205 PixelPresentation code 3
+0008,9205 PixelPresentation code:MONOCHROME 3
 0008,9206 VolumetricProperties code 3
 0008,9207 VolumeBasedCalculationTechnique code 3
 0008,9208 ComplexImageComponent code 3
@@ -281,7 +286,7 @@ ENHANCED = tables(r"""
 0018,0083 NumberOfAverages number:0:100000 3
 
 [ENHANCED_PT] C.8.22.4 Enhanced PET Image
-0008,9205 PixelPresentation code 3
+0008,9205 PixelPresentation code:MONOCHROME 3
 0008,9206 VolumetricProperties code 3
 0008,9207 VolumeBasedCalculationTechnique code 3
 0054,1001 Units code 3
