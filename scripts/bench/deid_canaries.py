@@ -178,6 +178,16 @@ def corpus(folder: Path) -> dict[str, Plants]:
     return planted
 
 
+def scanner_image(size: int, seed: int) -> Dataset:
+    """A CT image with as many elements, private ones and sequences among them, as a scanner writes."""
+    ds = image(size=size, seed=seed)
+    _plant(ds, Plants("QS"))
+    block = ds.private_block(0x0019, "ACME CT", create=True)
+    for element in range(156):
+        block.add_new(element, "DS" if element % 2 else "LO", str(element / 8))
+    return ds
+
+
 _TOP = """
     OtherPatientNames PatientMotherBirthName PatientAddress PatientTelephoneNumbers EthnicGroup Occupation MilitaryRank
     AdditionalPatientHistory PatientComments ImageComments StudyDescription SeriesDescription ProtocolName ReasonForStudy

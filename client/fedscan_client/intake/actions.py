@@ -7,7 +7,6 @@ characteristics, modified dates, clean descriptors (PS3.15 Annex E.3).
 
 import datetime
 import functools
-import hashlib
 import hmac
 import math
 import re
@@ -38,6 +37,7 @@ _MAX_SHIFT = 3650  # days
 # DA, also as once written with points; DT from the day on.
 _DATE = re.compile(r"(1[89]\d\d|2[01]\d\d)\.?(\d\d)\.?(\d\d)(?:\d{2,6}(?:\.\d{1,6})?)?(?:[+-]\d{4})?", re.ASCII)
 _SOP_CLASSES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "SOP Class")
+_SEVERAL = frozenset({MultiValue, list, tuple, Sequence})
 _ATLASES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "Well-known frame of reference")
 
 
@@ -73,7 +73,7 @@ def pseudonym(key: bytes, domain: str, value: str) -> str:
             remedy="Draw one at random, for example with 'openssl rand 32'.",
         )
     message = domain.encode() + b"\0" + value.encode()
-    return hmac.new(key, b"fedscan pseudonym 1\0" + message, hashlib.sha256).hexdigest()[:32]
+    return hmac.digest(key, b"fedscan pseudonym 1\0" + message, "sha256").hex()[:32]
 
 
 def pseudonymous_uid(key: bytes, uid: str) -> str:
@@ -98,7 +98,7 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
     Raises:
         Refused: an element that is needed cannot be read, or would change the meaning of the pixels if it were left out.
     """
-    out = Dataset()
+    out: dict[BaseTag, Any] = {}
     there = ds.keys()
     for element in table:
         present = element.tag in there
@@ -114,8 +114,14 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
             if element.type not in ("2", "2c"):
                 continue
             value = Sequence() if element.vr == "SQ" else ""
-        out.add(DataElement(BaseTag(element.tag), _vr(element.vr, value), value))
-    return out
+        out[element.tag] = made(element.tag, _vr(element.vr, value), value)
+    return Dataset(out)
+
+
+def made(tag: BaseTag, vr: str, value: Any) -> DataElement:
+    """An element whose value our own code made; a single one needs none of pydicom's checks, which take their time."""
+    plain = isinstance(value, str | int | float) and vr not in ("PN", "UI", "IS")
+    return DataElement(tag, vr, value, already_converted=plain)
 
 
 def _vr(stated: str, value: Any) -> str:
@@ -130,7 +136,7 @@ def _vr(stated: str, value: Any) -> str:
 
 def _values(found: Any) -> list[Any]:
     """The values of an element, without empty ones."""
-    several = isinstance(found, MultiValue | list | tuple | Sequence)
+    several = type(found) in _SEVERAL
     return [value for value in (found if several else [found]) if value is not None and value not in ("", b"")]
 
 
@@ -231,8 +237,8 @@ def _pointer(found: Any, element: Element, _given: Secrets) -> Any:
 def _items(found: Any, element: Element, given: Secrets) -> Any:
     if not isinstance(found, Sequence):
         return None
-    made = (apply(item, TABLES[element.arguments[0]], given) for item in found)
-    kept = [item for item in made if item is not None and ("LUTData" not in item or _whole(item))]
+    items = (apply(item, TABLES[element.arguments[0]], given) for item in found)
+    kept = [item for item in items if item is not None and ("LUTData" not in item or _whole(item))]
     return Sequence(kept) if kept else None
 
 
@@ -254,7 +260,8 @@ def _codes(found: Any, element: Element, given: Secrets) -> Any:
 def coded(value: str, scheme: str, meaning: str, item: Dataset | None = None) -> Dataset:
     """An item of a code sequence (PS3.3 8.8)."""
     item = item or Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    for tag, vr, text in ((0x00080100, "SH", value), (0x00080102, "SH", scheme), (0x00080104, "LO", meaning)):
+        item.add(made(BaseTag(tag), vr, text))
     return item
 
 

@@ -60,6 +60,7 @@ def patient_name(key: bytes, patient: PatientId) -> str:
     return pseudonym(key, "pid", f"{patient.issuer}\0{patient.id}")
 
 
+@headers.quiet()
 def deidentify(
     ds: Dataset, key: bytes, *, issuer: str = "", blackout: Sequence[Rectangle] = (), released: bool = False
 ) -> Dataset:
@@ -88,15 +89,14 @@ def deidentify(
     patient = patient_name(key, identity(ds, issuer))
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         headers.identifier(ds, keyword)
-    with headers.quiet():
-        out = actions.apply(ds, kind.table, actions.secrets(key, patient))
+    out = actions.apply(ds, kind.table, actions.secrets(key, patient))
     if out is None:
         raise Refused("bad_header")
     pointers = out.get("FrameIncrementPointer")
     if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
         del out.FrameIncrementPointer  # to a vector that this kind does not keep
     pixels = frames(ds)
-    _write_pixels(out, ds, _black(pixels, blackout, out) if blackout else pixels)
+    _write_pixels(out, ds, _black(pixels, blackout, ds) if blackout else pixels)
     _declare(out, released or bool(blackout))
     out.preamble = b"\0" * 128
     out.file_meta = FileMetaDataset()

@@ -42,6 +42,7 @@ from types import MappingProxyType
 from typing import Literal, cast, get_args
 
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag
+from pydicom.tag import BaseTag
 
 VERSION = "fedscan allow-list 2"
 
@@ -59,7 +60,7 @@ class Element:
     """One kept element.
 
     Attributes:
-        tag: group and element as one number.
+        tag: group and element.
         keyword: the standard's keyword.
         vr: value representation in the standard's dictionary.
         action: what is done to it, see this file's docstring.
@@ -69,7 +70,7 @@ class Element:
         section: where PS3.3 defines it.
     """
 
-    tag: int
+    tag: BaseTag
     keyword: str
     vr: str
     action: Action
@@ -98,7 +99,7 @@ def tables(text: str) -> MappingProxyType[str, Table]:
             rows = found.setdefault(name, [])
             continue
         where, keyword, what, kind = line.split()
-        tag = int(where.replace(",", ""), 16)
+        tag = BaseTag(int(where.replace(",", ""), 16))
         action, *arguments = what.split(":")
         if keyword_for_tag(tag) != keyword or action not in get_args(Action) or kind not in get_args(Type):
             raise ValueError(f"not a row of a table: {line}")
