@@ -270,7 +270,9 @@ def _groups(ds: Dataset, plants: Plants) -> None:
 
 
 def _single(ds: Dataset, plants: Plants) -> None:
-    ds.IrradiationEventUID = plants.uid("IrradiationEventUID")
+    for uid in ds.IrradiationEventUID:
+        del plants.where[uid.encode()]
+    ds.IrradiationEventUID = plants.uid("IrradiationEventUID, one value")
 
 
 def _letters(ds: Dataset, plants: Plants) -> None:

@@ -28,7 +28,7 @@ from pydicom.valuerep import DSfloat
 from fedscan_client.intake import headers
 from fedscan_client.intake.kinds import TABLES
 from fedscan_client.intake.profile import Element, Table
-from fedscan_client.intake.profile_values import CODES, IMAGE_TYPES, MAKERS, WORDS
+from fedscan_client.intake.profile_values import CODES, IMAGE_TYPES, MAKERS, OLD_CODES, WORDS
 from fedscan_client.intake.records import Refused
 from fedscan_core.errors import DataError
 
@@ -36,6 +36,7 @@ KEY_BYTES = 32
 _MAX_SHIFT = 3650  # days
 # DA, also as once written with points; DT from the day on.
 _DATE = re.compile(r"(1[89]\d\d|2[01]\d\d)\.?(\d\d)\.?(\d\d)(?:\d{2,6}(?:\.\d{1,6})?)?(?:[+-]\d{4})?", re.ASCII)
+_OLD_SCHEMES = ("SRT", "SNM3", "99SDM")  # names of SNOMED before 2018 (PS3.16 8)
 _SOP_CLASSES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "SOP Class")
 _SEVERAL = frozenset({MultiValue, list, tuple, Sequence})
 _ATLASES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "Well-known frame of reference")
@@ -277,12 +278,15 @@ def _context(contexts: str) -> Mapping[tuple[str, str], tuple[str, str, str]]:
             entry = (code.value, code.scheme_designator, code.meaning[:64])
             found[code.scheme_designator, code.value] = entry
             old = mapping["SCT"].get(code.value) if code.scheme_designator == "SCT" else None
-            found.update({(scheme, old): entry for scheme in ("SRT", "SNM3", "99SDM") if old})
+            found.update({(scheme, old): entry for scheme in _OLD_SCHEMES if old})
+    for old, new in OLD_CODES.items():
+        if ("SCT", new) in found:
+            found.update({(scheme, old): found["SCT", new] for scheme in ("SCT", *_OLD_SCHEMES)})
     return MappingProxyType(found)
 
 
 def _lut(found: Any, element: Element, _given: Secrets) -> Any:
-    """PS3.3 C.11.1.1 and C.11.2.1.1; numbers that rise or fall throughout spell no name."""
+    """PS3.3 C.11.1.1 and C.11.2.1.1; 16 and more numbers that rise or fall throughout spell no name."""
     if element.keyword == "LUTDescriptor":
         numbers = [int(value) for value in _values(found) if isinstance(value, int)]
         if len(numbers) != 3 or not (-32768 <= numbers[1] <= 65535 and 8 <= numbers[2] <= 16):
@@ -294,7 +298,7 @@ def _lut(found: Any, element: Element, _given: Secrets) -> Any:
     else:
         data = np.array([value & 0xFFFF for value in _values(found) if isinstance(value, int)], "<u2")
     steps = np.diff(data.astype(np.int32))
-    return data.tobytes() if len(steps) and ((steps >= 0).all() or (steps <= 0).all()) else None
+    return data.tobytes() if len(steps) >= 15 and ((steps >= 0).all() or (steps <= 0).all()) else None
 
 
 def _whole(item: Dataset) -> bool:

@@ -168,3 +168,15 @@ WORDS: frozenset[str] = frozenset(
     TOF TOPOGRAM TRA TRACE TSE TWIST US VENOUS VIBE WITH WITHOUT CONTRAST XA
     """.split()
 )
+
+# Codes of regions that SNOMED has since replaced, and that most archives hold: old (SCT, then SRT) -> new.
+OLD_CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "51185008": "816094009",  # chest
+        "T-D3000": "816094009",
+        "113345001": "818981001",  # abdomen
+        "T-D4000": "818981001",
+        "12921003": "816092008",  # pelvis
+        "T-D6000": "816092008",
+    }
+)
