@@ -9,9 +9,9 @@ Everything is synthetic and written here. Two tables:
   image with a canary in every text, UID and binary element of pydicom's dictionary, at the top and nested. Counted are
   the canaries found in the bytes a tool wrote. Ours refuses reports, documents, waveforms and plans ("refused") and is
   told that a person released the ultrasound.
-- speed: CT images of --size with as many elements as a GE scanner writes (258, most of them private); each file goes through every tool in turn (parse,
-  de-identify, write, in memory), so slow moments of
-  the machine hit all alike. CPU time, medians over the files; time_ratio is the median of a tool's time over ours.
+- speed: CT images of --size with as many elements as a GE scanner writes (258, most of them private); each file goes
+  through every tool in turn (parse, de-identify, write, in memory), so slow moments of the machine hit all alike. CPU
+  time, medians over the files; time_ratio is the median of a tool's time over ours.
 
 dicom-anonymizer runs with its newest table. deid runs with its own recipe and with one made of that same table. Tools
 that are not installed are named as missing: pip install "fedscan[bench]".
@@ -33,12 +33,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deid_canaries as canaries
 import pydicom
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import deid_canaries as canaries
 from fedscan_client.intake.deid import deidentify
 from fedscan_client.intake.records import Refused
 
@@ -95,7 +95,7 @@ def ours(source: bytes) -> bytes:
 
 
 def dicognito() -> Tool:
-    """dicognito with a fixed seed."""
+    """Dicognito with a fixed seed."""
     from dicognito.anonymizer import Anonymizer
 
     anonymizer = Anonymizer(seed="bench")
@@ -134,16 +134,18 @@ def recipe() -> str:
     """The basic profile as a recipe of deid: dicom-anonymizer's table, tag by tag."""
     from dicomanonymizer.dicom_anonymization_databases import dicomfields_2026c as fields
 
-    tags = {name: [tag for tag in getattr(fields, name) if len(tag) == 2] for name in dir(fields) if name.endswith("_TAGS")}
+    tags = {
+        name: [tag for tag in getattr(fields, name) if len(tag) == 2] for name in dir(fields) if name.endswith("_TAGS")
+    }
     blank = {tag for name in ("Z_TAGS", "Z_D_TAGS", "D_TAGS") for tag in tags[name]}
     lines = ["FORMAT dicom", "%header"]
-    for tag in sorted(set(sum((tags[name] for name in tags if name != "ALL_TAGS"), []))):
+    for tag in sorted({tag for name in tags if name != "ALL_TAGS" for tag in tags[name]}):
         lines.append(f"{'BLANK' if tag in blank else 'REMOVE'} ({tag[0]:04X},{tag[1]:04X})")
     return "\n".join(lines) + "\n"
 
 
 def deid(text: str | None) -> Tool:
-    """deid with a recipe, None: its own; private elements removed."""
+    """Deid with a recipe, None: its own; private elements removed."""
     from deid.config import DeidRecipe
     from deid.dicom import replace_identifiers
 
@@ -206,7 +208,7 @@ def speed(found: dict[str, Tool], folder: Path, files: int, size: int, progress:
 
 
 @contextlib.contextmanager
-def quiet():  # noqa: ANN201
+def quiet():
     """The tools print and warn about every element."""
     os.environ["MESSAGELEVEL"] = "QUIET"
     logging.disable(logging.CRITICAL)
@@ -222,7 +224,9 @@ def show(results: dict[str, Any], found: list[str], console: Console) -> None:
     for row in results["leaks"]:
         table.add_row(row["file"], str(row["canaries"]), *(str(row[name]) for name in found))
     console.print(table)
-    table = Table("tool", "files / CPU s", "time / fedscan's", title=f"CT, {results['speed'][0]['size']} x that, one at a time")
+    table = Table(
+        "tool", "files / CPU s", "time / fedscan's", title=f"CT, {results['speed'][0]['size']} x that, one at a time"
+    )
     for row in results["speed"]:
         table.add_row(row["tool"], f"{row['files_per_cpu_second']:.0f}", f"{row['time_ratio']:.2f}")
     console.print(table)

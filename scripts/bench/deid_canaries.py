@@ -1,7 +1,7 @@
 """DICOM files with a canary in every place an identity can hide, for scripts/bench/deid.py and the tests.
 
-Everything is synthetic and written here. A canary is a text, UID, date or byte string that occurs nowhere else; one that
-is found in the bytes of a tool's output has survived. (A tool that re-encodes a canary, say compressed, would be
+Everything is synthetic and written here. A canary is a text, UID, date or byte string that occurs nowhere else; one
+that is found in the bytes of a tool's output has survived. (A tool that re-encodes a canary, say compressed, would be
 missed; the tools compared do not.)
 """
 
@@ -22,10 +22,10 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 STORAGE = "1.2.840.10008.5.1.4.1.1."
-TEXT = frozenset("AE CS LO LT PN SH ST UC UR UT".split())
+TEXT = frozenset(["AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"])
 BINARY = frozenset({"OB", "UN", "OB or OW"})
 # An object could not be read without these; the first is the one kind all tools accept.
-ESSENTIAL = frozenset("SOPClassUID SpecificCharacterSet Modality PhotometricInterpretation LengthToEnd PixelData".split())
+ESSENTIAL = {"SOPClassUID", "SpecificCharacterSet", "Modality", "PhotometricInterpretation", "LengthToEnd", "PixelData"}
 
 
 @dataclass
@@ -114,8 +114,8 @@ def save(ds: Dataset, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def anything_goes():  # noqa: ANN201
-    """pydicom checks no value that is written."""
+def anything_goes():
+    """Pydicom checks no value that is written."""
     before = config.settings.writing_validation_mode
     config.settings.writing_validation_mode = config.IGNORE
     try:
@@ -189,20 +189,21 @@ def scanner_image(size: int, seed: int) -> Dataset:
 
 
 _TOP = """
-    OtherPatientNames PatientMotherBirthName PatientAddress PatientTelephoneNumbers EthnicGroup Occupation MilitaryRank
-    AdditionalPatientHistory PatientComments ImageComments StudyDescription SeriesDescription ProtocolName ReasonForStudy
-    AccessionNumber StudyID InstitutionName InstitutionAddress InstitutionalDepartmentName StationName DeviceSerialNumber
-    ReferringPhysicianName OperatorsName PerformingPhysicianName ContentCreatorName SoftwareVersions RetrieveURL
-    DerivationDescription ContrastBolusAgent ClinicalTrialSubjectID IssuerOfPatientID StorageMediaFileSetID PatientName
-    PatientID StudyComments InterpretationText Manufacturer ManufacturerModelName BodyPartExamined ConvolutionKernel
-    SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID DeviceUID InstanceCreatorUID
-    PatientBirthDate StudyDate SeriesDate AcquisitionDate ContentDate DateOfLastCalibration
-""".split()
+    OtherPatientNames PatientMotherBirthName PatientAddress PatientTelephoneNumbers EthnicGroup Occupation
+    MilitaryRank AdditionalPatientHistory PatientComments ImageComments StudyDescription SeriesDescription
+    ProtocolName ReasonForStudy AccessionNumber StudyID InstitutionName InstitutionAddress
+    InstitutionalDepartmentName StationName DeviceSerialNumber ReferringPhysicianName OperatorsName
+    PerformingPhysicianName ContentCreatorName SoftwareVersions RetrieveURL DerivationDescription ContrastBolusAgent
+    ClinicalTrialSubjectID IssuerOfPatientID StorageMediaFileSetID PatientName PatientID StudyComments
+    InterpretationText Manufacturer ManufacturerModelName BodyPartExamined ConvolutionKernel SOPInstanceUID
+    StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID DeviceUID InstanceCreatorUID PatientBirthDate StudyDate
+    SeriesDate AcquisitionDate ContentDate DateOfLastCalibration
+"""
 
 
 def _plant(ds: Dataset, plants: Plants) -> None:
     """What every file of the corpus has: texts, UIDs, dates, sequences, private and unknown elements, file meta."""
-    for keyword in _TOP:
+    for keyword in _TOP.split():
         vr = dictionary_VR(keyword)
         new = plants.uid if vr == "UI" else plants.date if vr == "DA" else plants.text
         setattr(ds, keyword, new(keyword))
@@ -218,7 +219,9 @@ def _plant(ds: Dataset, plants: Plants) -> None:
         RequestedProcedureDescription=text("request > procedure description"),
         ScheduledProtocolCodeSequence=[protocol],
     )
-    before = item(PatientName=text("original attributes > PatientName"), PatientID=text("original attributes > PatientID"))
+    before = item(
+        PatientName=text("original attributes > PatientName"), PatientID=text("original attributes > PatientID")
+    )
     ds.RequestAttributesSequence = [request]
     ds.OriginalAttributesSequence = [item(ModifyingSystem=text("ModifyingSystem"), ModifiedAttributesSequence=[before])]
     ds.OtherPatientIDsSequence = [item(PatientID=text("other PatientID"), IssuerOfPatientID=text("other issuer"))]
@@ -249,7 +252,10 @@ def _plant(ds: Dataset, plants: Plants) -> None:
     ds.PixelData = ds.PixelData + text("after the last pixel").encode() + b"_"
     meta = ds.file_meta
     meta.SourceApplicationEntityTitle = text("meta SourceApplicationEntityTitle")
-    meta.PrivateInformationCreatorUID, meta.PrivateInformation = uid("meta creator"), text("meta private").encode() + b"_"
+    meta.PrivateInformationCreatorUID, meta.PrivateInformation = (
+        uid("meta creator"),
+        text("meta private").encode() + b"_",
+    )
     meta.ImplementationVersionName = text("meta ImplementationVersionName")
     ds.preamble = text("preamble").encode().ljust(128, b"\0")
 

@@ -8,7 +8,6 @@ characteristics, modified dates, clean descriptors (PS3.15 Annex E.3).
 import datetime
 import functools
 import hmac
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from pydicom._uid_dict import UID_dictionary
 from pydicom.datadict import dictionary_has_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
-from pydicom.uid import UID_dictionary
 from pydicom.valuerep import DSfloat
 
 from fedscan_client.intake import headers
@@ -97,7 +96,7 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
         A new dataset; None where an element that must have a value has none.
 
     Raises:
-        Refused: an element that is needed cannot be read, or would change the meaning of the pixels if it were left out.
+        Refused: an element that is needed cannot be read, or the pixels would mean something else without it.
     """
     out: dict[BaseTag, Any] = {}
     there = ds.keys()

@@ -92,9 +92,7 @@ def deidentify(
     out = actions.apply(ds, kind.table, actions.secrets(key, patient))
     if out is None:
         raise Refused("bad_header")
-    pointers = out.get("FrameIncrementPointer")
-    if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
-        del out.FrameIncrementPointer  # to a vector that this kind does not keep
+    _mend(out, ds)
     pixels = frames(ds)
     _write_pixels(out, ds, _black(pixels, blackout, ds) if blackout else pixels)
     _declare(out, released or bool(blackout))
@@ -105,6 +103,15 @@ def deidentify(
     out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     out.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return out
+
+
+def _mend(out: Dataset, ds: Dataset) -> None:
+    """Two elements that depend on another one that may be gone."""
+    pointers = out.get("FrameIncrementPointer")
+    if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
+        del out.FrameIncrementPointer  # to a vector that this kind does not keep
+    if "BodyPartExamined" in ds and not out.get("BodyPartExamined") and "ImageLaterality" not in out:
+        out.Laterality = out.get("Laterality", "")  # type 2C unless the part is known not to be paired (C.7.3.1)
 
 
 def _black(pixels: NDArray[Any], blackout: Sequence[Rectangle], ds: Dataset) -> NDArray[Any]:

@@ -110,7 +110,9 @@ def _read(text: str, review: bool) -> dict[str, Kind]:
 
 KINDS: Mapping[str, Kind] = MappingProxyType({**_read(_ACCEPTED, False), **_read(_REVIEW, True)})
 
-_VIDEO = frozenset(str(uid) for uid in AllTransferSyntaxes if any(word in uid.name for word in ("MPEG", "HEVC", "SMPTE")))
+_VIDEO = frozenset(
+    str(uid) for uid in AllTransferSyntaxes if any(word in uid.name for word in ("MPEG", "HEVC", "SMPTE"))
+)
 
 
 def kind_of(ds: Dataset) -> Kind:

@@ -24,7 +24,7 @@ Actions (`actions.py`):
     imagetype        values 1 and 2 checked as above, further ones only of a closed list
     words            free text reduced to the words of a closed list, in alphabetical order
     maker            only a name of `profile_values.MAKERS`, otherwise "other"
-    number:LOW:HIGH  numbers, as many as the dictionary allows (at most 32, or a third argument); anything else is removed
+    number:LOW:HIGH  numbers, as many as the dictionary allows (at most 32, or a third argument), within a range
     index            a name that is a whole number of up to six digits
     pointer          tags of the dictionary (attribute pointers)
     items:NAME       a sequence, each of its items by table NAME
@@ -106,12 +106,9 @@ def tables(text: str) -> MappingProxyType[str, Table]:
         if tag in {row.tag for row in rows}:
             raise ValueError(f"twice in a table: {line}")
         fewest, most = _multiplicity(dictionary_VM(tag), arguments[2:] if action == "number" else ())
-        rows.append(
-            Element(
-                tag, keyword, dictionary_VR(tag), cast(Action, action), tuple(arguments), cast(Type, kind),
-                fewest, most, section.split(" ", 1)[0],
-            )  # fmt: skip
-        )
+        cited, vr = section.split(" ", 1)[0], dictionary_VR(tag)
+        what_is_done, when = cast(Action, action), cast(Type, kind)
+        rows.append(Element(tag, keyword, vr, what_is_done, tuple(arguments), when, fewest, most, cited))
     return MappingProxyType({name: tuple(rows) for name, rows in found.items()})
 
 

@@ -10,6 +10,7 @@ ENHANCED = tables(r"""
 0008,0023 ContentDate date 2c
 0008,0033 ContentTime dummy:000000 1
 0008,002A AcquisitionDateTime date 3
+0008,0070 Manufacturer maker 2c
 0008,1090 ManufacturerModelName dummy:removed 1
 0018,1000 DeviceSerialNumber dummy:removed 1
 0018,1020 SoftwareVersions dummy:removed 1

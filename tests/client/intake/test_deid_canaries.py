@@ -17,7 +17,7 @@ from fedscan_client.intake.records import Refused
 KEY = bytes(range(32))
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 # Between them these have every table: see test_the_kinds_have_every_table.
-FUZZED = "1.2 2 2.1 3.1 4 4.1 7 12.1 20 128 130".split()
+FUZZED = ["1.2", "2", "2.1", "3.1", "4", "4.1", "7", "12.1", "20", "128", "130"]
 NUMBERED = [number for number in FUZZED if number not in ("2", "2.1", "130")]  # the functional groups once
 # Planted junk in these is not removed but refused, because without them the pixels would mean something else.
 REFUSED = {"ModalityLUTSequence"}
@@ -45,11 +45,13 @@ def filled(canaries, base: Dataset, sop_class: str) -> Dataset:
     """An image of a kind with `base` everywhere, that would be accepted but for what is planted."""
     frame = canaries.image(sop_class)
     ds = tree(base, KINDS[STORAGE + sop_class].table)
-    for keyword in "SOPClassUID Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit".split():
+    pixels = {row.keyword for row in TABLES["PIXELS"] if row.action == "pixels"} - {
+        "NumberOfFrames",
+        "PlanarConfiguration",
+    }
+    for keyword in pixels | {"SOPClassUID", "RescaleSlope", "RescaleIntercept"}:
         ds[keyword] = frame[keyword]
-    for keyword in "PixelRepresentation PixelData RescaleSlope RescaleIntercept".split():
-        ds[keyword] = frame[keyword]
-    for keyword in "PatientID StudyInstanceUID SeriesInstanceUID SOPInstanceUID".split():
+    for keyword in ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]:
         if keyword not in ds:
             ds[keyword] = frame[keyword]
     ds.file_meta, ds.Modality = frame.file_meta, "CT"
@@ -148,8 +150,8 @@ def surviving(out: Dataset, value: float) -> set[str]:
 def test_which_numbers_survive(canaries, sop_class):
     """A telephone number of ten digits survives nowhere; a small number in elements that a table names, and no other.
 
-    They survive because the pixels need them (geometry, rescale, windows, frames) or the object is invalid without them;
-    each is physical, has a range, and is written anew from its value.
+    They survive because the pixels need them (geometry, rescale, windows, frames) or the object is invalid without
+    them; each is physical, has a range, and is written anew from its value.
     """
     many = numbers(4917012345)
     del many.RescaleSlope, many.RescaleIntercept  # the image is refused, see test_actions.py
@@ -184,7 +186,17 @@ def test_no_date_or_time_survives(canaries):
 
 def test_private_unknown_and_repeating_groups_are_gone(cr_instance):
     ds = cr_instance()
-    for tag in (0x00091001, 0x00099F01, 0x00089F01, 0x50002500, 0x501E3000, 0x60001500, 0x601E3000, 0x7FE10010, 0xFFFCFFFC):
+    for tag in (
+        0x00091001,
+        0x00099F01,
+        0x00089F01,
+        0x50002500,
+        0x501E3000,
+        0x60001500,
+        0x601E3000,
+        0x7FE10010,
+        0xFFFCFFFC,
+    ):
         ds.add(DataElement(Tag(tag), "UN", b"CANARYX_"))
     ds.SourceImageSequence = [Dataset()]
     ds.SourceImageSequence[0].ReferencedSOPClassUID = STORAGE + "1"

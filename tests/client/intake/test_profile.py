@@ -80,8 +80,8 @@ def plant(tag: BaseTag, vr: str) -> DataElement:
 def test_every_action_of_the_standards_table_holds(cr_instance):
     """PS3.15 Table E.1-1, Basic Profile with our options: X absent, Z empty or dummy, D dummy, U mapped, C cleaned.
 
-    An element that a kind's table does not name is absent, which serves X, Z and D alike: the standard's Z and D are for
-    elements that the object must keep.
+    An element that a kind's table does not name is absent, which serves X, Z and D alike: the standard's Z and D are
+    for elements that the object must keep.
     """
     if not E1_1.exists():
         pytest.skip("the copy of PS3.15 Table E.1-1 is not on this machine")
@@ -119,7 +119,9 @@ def test_every_action_of_the_standards_table_holds(cr_instance):
                 assert "CANARYX" not in str(after), keyword
             else:
                 assert basic != "X", keyword  # what must go is gone
-                assert after != before and (not after or after in ("removed", "000000") or keyword == "PatientID"), keyword
+                assert after != before and (not after or after in ("removed", "000000") or keyword == "PatientID"), (
+                    keyword
+                )
     assert checked > 1700 and kept > 50
 
 
