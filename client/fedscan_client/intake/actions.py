@@ -8,6 +8,7 @@ characteristics, modified dates, clean descriptors (PS3.15 Annex E.3).
 import datetime
 import functools
 import hmac
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ def _number(found: Any, element: Element, _given: Secrets) -> Any:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             return None
+        if not math.isfinite(number) and element.type == "1c":
+            raise Refused("not_finite")
         if not low <= number <= high:  # not for NaN either
             return None
         if element.vr == "DS":

@@ -30,7 +30,7 @@ from fedscan_client.intake.actions import pseudonym, pseudonymous_uid
 from fedscan_client.intake.decode import frames
 from fedscan_client.intake.kinds import check_kind
 from fedscan_client.intake.profile import VERSION
-from fedscan_client.intake.records import REVIEW, PatientId, Rectangle, Refused
+from fedscan_client.intake.records import PatientId, Rectangle, Refused
 
 __all__ = ["check_kind", "deidentify", "identity", "patient_name", "pseudonym", "pseudonymous_uid"]
 
@@ -80,12 +80,9 @@ def deidentify(
     Raises:
         Refused: the image is of a kind, or has a header or pixel data, that is not accepted.
     """
-    try:
+    kind = kinds.kind_of(ds)  # which nobody overrules
+    if not released:
         check_kind(ds)
-    except Refused as refusal:
-        if not released or refusal.reason not in REVIEW:
-            raise
-    kind = kinds.kind_of(ds)
     patient = patient_name(key, identity(ds, issuer))
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         headers.identifier(ds, keyword)

@@ -62,10 +62,10 @@ def test_types():
     assert kept("0020,000D StudyInstanceUID uid 1", present=False) is None
     row = "0028,1053 RescaleSlope number:0:10 1c"
     assert kept(row, "2") == 2 and kept(row, present=False) is None and kept(row, "") is None
-    for wrong in ("11", "nan", "inf"):
+    for wrong, reason in (("11", "bad_header"), ("nan", "not_finite"), ("inf", "not_finite")):
         with pytest.raises(Refused) as caught:
             kept(row, wrong)
-        assert caught.value.reason == "bad_header"
+        assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,10 @@ def test_no_value_makes_an_action_fail(found):
     for table in TABLES.values():
         for row in table:
             if row.action not in ("pixels", "items", "codes"):
-                value = _ACTIONS[row.action](found, row, GIVEN)
+                try:
+                    value = _ACTIONS[row.action](found, row, GIVEN)
+                except Refused:
+                    continue
                 for one in value if isinstance(value, list) else [value]:
                     assert one is None or isinstance(one, str | int | float | bytes), row
     for action in ("items", "codes"):

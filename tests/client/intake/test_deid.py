@@ -104,7 +104,8 @@ def test_who_the_patient_is(cr_instance):
         ({"StudyInstanceUID": ["1.2", "1.3"]}, "uid_missing"),
         ({"PixelData": None}, "no_pixels"),
         ({"PixelData": b"\0" * 40}, "pixels_undecodable"),
-        ({"RescaleSlope": "nan"}, "bad_header"),
+        ({"RescaleSlope": "nan"}, "not_finite"),
+        ({"RescaleSlope": "1e10"}, "bad_header"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -162,6 +163,14 @@ def test_blackout(cr_instance):
         assert np.array_equal(out.pixel_array, expected)
         assert "113101" in methods(out)
         assert np.array_equal(ds.pixel_array, before)  # the original is not touched
+
+
+def test_blackout_of_pixels_that_a_decoder_keeps_for_itself(cr_instance, monkeypatch):
+    pixels = np.full((1, 4, 6), 7, np.uint16)
+    pixels.setflags(write=False)
+    monkeypatch.setattr(deid, "frames", lambda ds: pixels)
+    out = deidentify(cr_instance(PhotometricInterpretation="MONOCHROME1"), KEY, blackout=[Rectangle(0, 0, 1, 1)])
+    assert (out.pixel_array == 7).all()
 
 
 COLOUR = {"SamplesPerPixel": 3, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
