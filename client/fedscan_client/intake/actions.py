@@ -7,8 +7,8 @@ characteristics, modified dates, clean descriptors (PS3.15 Annex E.3).
 
 import datetime
 import functools
-import hashlib
 import hmac
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from pydicom._uid_dict import UID_dictionary
 from pydicom.datadict import dictionary_has_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
-from pydicom.uid import UID_dictionary
 from pydicom.valuerep import DSfloat
 
 from fedscan_client.intake import headers
 from fedscan_client.intake.kinds import TABLES
 from fedscan_client.intake.profile import Element, Table
-from fedscan_client.intake.profile_values import CODES, IMAGE_TYPES, MAKERS, WORDS
+from fedscan_client.intake.profile_values import CODES, IMAGE_TYPES, MAKERS, OLD_CODES, WORDS
 from fedscan_client.intake.records import Refused
 from fedscan_core.errors import DataError
 
@@ -36,7 +36,9 @@ KEY_BYTES = 32
 _MAX_SHIFT = 3650  # days
 # DA, also as once written with points; DT from the day on.
 _DATE = re.compile(r"(1[89]\d\d|2[01]\d\d)\.?(\d\d)\.?(\d\d)(?:\d{2,6}(?:\.\d{1,6})?)?(?:[+-]\d{4})?", re.ASCII)
+_OLD_SCHEMES = ("SRT", "SNM3", "99SDM")  # names of SNOMED before 2018 (PS3.16 8)
 _SOP_CLASSES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "SOP Class")
+_SEVERAL = frozenset({MultiValue, list, tuple, Sequence})
 _ATLASES = frozenset(uid for uid, entry in UID_dictionary.items() if entry[1] == "Well-known frame of reference")
 
 
@@ -72,7 +74,7 @@ def pseudonym(key: bytes, domain: str, value: str) -> str:
             remedy="Draw one at random, for example with 'openssl rand 32'.",
         )
     message = domain.encode() + b"\0" + value.encode()
-    return hmac.new(key, b"fedscan pseudonym 1\0" + message, hashlib.sha256).hexdigest()[:32]
+    return hmac.digest(key, b"fedscan pseudonym 1\0" + message, "sha256").hex()[:32]
 
 
 def pseudonymous_uid(key: bytes, uid: str) -> str:
@@ -95,9 +97,9 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
         A new dataset; None where an element that must have a value has none.
 
     Raises:
-        Refused: an element that is needed cannot be read, or would change the meaning of the pixels if it were left out.
+        Refused: an element that is needed cannot be read, or the pixels would mean something else without it.
     """
-    out = Dataset()
+    out: dict[BaseTag, Any] = {}
     there = ds.keys()
     for element in table:
         present = element.tag in there
@@ -113,14 +115,14 @@ def apply(ds: Dataset, table: Table, given: Secrets) -> Dataset | None:
             if element.type not in ("2", "2c"):
                 continue
             value = Sequence() if element.vr == "SQ" else ""
-        out.add(made(element.tag, _vr(element.vr, value), value))
-    return out
+        out[element.tag] = made(element.tag, _vr(element.vr, value), value)
+    return Dataset(out)
 
 
-def made(tag: int, vr: str, value: Any) -> DataElement:
+def made(tag: BaseTag, vr: str, value: Any) -> DataElement:
     """An element whose value our own code made; a single one needs none of pydicom's checks, which take their time."""
     plain = isinstance(value, str | int | float) and vr not in ("PN", "UI", "IS")
-    return DataElement(BaseTag(tag), vr, value, already_converted=plain)
+    return DataElement(tag, vr, value, already_converted=plain)
 
 
 def _vr(stated: str, value: Any) -> str:
@@ -135,7 +137,7 @@ def _vr(stated: str, value: Any) -> str:
 
 def _values(found: Any) -> list[Any]:
     """The values of an element, without empty ones."""
-    several = isinstance(found, MultiValue | list | tuple | Sequence)
+    several = type(found) in _SEVERAL
     return [value for value in (found if several else [found]) if value is not None and value not in ("", b"")]
 
 
@@ -215,6 +217,8 @@ def _number(found: Any, element: Element, _given: Secrets) -> Any:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             return None
+        if not math.isfinite(number) and element.type == "1c":
+            raise Refused("not_finite")
         if not low <= number <= high:  # not for NaN either
             return None
         if element.vr == "DS":
@@ -260,7 +264,7 @@ def coded(value: str, scheme: str, meaning: str, item: Dataset | None = None) ->
     """An item of a code sequence (PS3.3 8.8)."""
     item = item or Dataset()
     for tag, vr, text in ((0x00080100, "SH", value), (0x00080102, "SH", scheme), (0x00080104, "LO", meaning)):
-        item.add(made(tag, vr, text))
+        item.add(made(BaseTag(tag), vr, text))
     return item
 
 
@@ -276,12 +280,15 @@ def _context(contexts: str) -> Mapping[tuple[str, str], tuple[str, str, str]]:
             entry = (code.value, code.scheme_designator, code.meaning[:64])
             found[code.scheme_designator, code.value] = entry
             old = mapping["SCT"].get(code.value) if code.scheme_designator == "SCT" else None
-            found.update({(scheme, old): entry for scheme in ("SRT", "SNM3", "99SDM") if old})
+            found.update({(scheme, old): entry for scheme in _OLD_SCHEMES if old})
+    for old, new in OLD_CODES.items():
+        if ("SCT", new) in found:
+            found.update({(scheme, old): found["SCT", new] for scheme in ("SCT", *_OLD_SCHEMES)})
     return MappingProxyType(found)
 
 
 def _lut(found: Any, element: Element, _given: Secrets) -> Any:
-    """PS3.3 C.11.1.1 and C.11.2.1.1; numbers that rise or fall throughout spell no name."""
+    """PS3.3 C.11.1.1 and C.11.2.1.1; 16 and more numbers that rise or fall throughout spell no name."""
     if element.keyword == "LUTDescriptor":
         numbers = [int(value) for value in _values(found) if isinstance(value, int)]
         if len(numbers) != 3 or not (-32768 <= numbers[1] <= 65535 and 8 <= numbers[2] <= 16):
@@ -293,7 +300,7 @@ def _lut(found: Any, element: Element, _given: Secrets) -> Any:
     else:
         data = np.array([value & 0xFFFF for value in _values(found) if isinstance(value, int)], "<u2")
     steps = np.diff(data.astype(np.int32))
-    return data.tobytes() if len(steps) and ((steps >= 0).all() or (steps <= 0).all()) else None
+    return data.tobytes() if len(steps) >= 15 and ((steps >= 0).all() or (steps <= 0).all()) else None
 
 
 def _whole(item: Dataset) -> bool:

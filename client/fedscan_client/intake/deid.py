@@ -31,7 +31,7 @@ from fedscan_client.intake.actions import pseudonym, pseudonymous_uid
 from fedscan_client.intake.decode import frames
 from fedscan_client.intake.kinds import check_kind
 from fedscan_client.intake.profile import VERSION
-from fedscan_client.intake.records import REVIEW, PatientId, Rectangle, Refused
+from fedscan_client.intake.records import PatientId, Rectangle, Refused
 
 __all__ = ["check_kind", "deidentify", "identity", "patient_name", "pseudonym", "pseudonymous_uid"]
 
@@ -81,21 +81,16 @@ def deidentify(
     Raises:
         Refused: the image is of a kind, or has a header or pixel data, that is not accepted.
     """
-    try:
+    kind = kinds.kind_of(ds)  # which nobody overrules
+    if not released:
         check_kind(ds)
-    except Refused as refusal:
-        if not released or refusal.reason not in REVIEW:
-            raise
-    kind = kinds.kind_of(ds)
     patient = patient_name(key, identity(ds, issuer))
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         headers.identifier(ds, keyword)
     out = actions.apply(ds, kind.table, actions.secrets(key, patient))
     if out is None:
         raise Refused("bad_header")
-    pointers = out.get("FrameIncrementPointer")
-    if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
-        del out.FrameIncrementPointer  # to a vector that this kind does not keep
+    _mend(out, ds)
     pixels = frames(ds)
     if blackout:
         pixels = rectangles.apply(pixels, blackout, rectangles.black(ds))
@@ -108,6 +103,15 @@ def deidentify(
     out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     out.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return out
+
+
+def _mend(out: Dataset, ds: Dataset) -> None:
+    """Two elements that depend on another one that may be gone."""
+    pointers = out.get("FrameIncrementPointer")
+    if pointers is not None and any(tag not in out for tag in np.atleast_1d(pointers).tolist()):
+        del out.FrameIncrementPointer  # to a vector that this kind does not keep
+    if "BodyPartExamined" in ds and not out.get("BodyPartExamined") and "ImageLaterality" not in out:
+        out.Laterality = out.get("Laterality", "")  # type 2C unless the part is known not to be paired (C.7.3.1)
 
 
 def _write_pixels(out: Dataset, ds: Dataset, pixels: NDArray[Any]) -> None:

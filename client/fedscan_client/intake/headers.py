@@ -19,10 +19,11 @@ from fedscan_client.intake.records import Refused
 
 # pydicom also logs what it warns of; no header value may reach the agent's log.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+_IGNORE = ("ignore", None, Warning, None, 0)  # what `warnings.simplefilter("ignore")` puts first
 
 
-def value(ds: Dataset, keyword: str) -> Any:
-    """The value of an element, None where absent.
+def value(ds: Dataset, keyword: str | int) -> Any:
+    """The value of an element by keyword (None where absent) or by tag (which must be there).
 
     Raises:
         Refused: it cannot be parsed.
@@ -33,7 +34,10 @@ def value(ds: Dataset, keyword: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences pydicom's warnings, which quote header values."""
+    """Silences pydicom's warnings, which quote header values; costs nothing within another `quiet`."""
+    if warnings.filters[:1] == [_IGNORE]:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -24,7 +24,7 @@ Actions (`actions.py`):
     imagetype        values 1 and 2 checked as above, further ones only of a closed list
     words            free text reduced to the words of a closed list, in alphabetical order
     maker            only a name of `profile_values.MAKERS`, otherwise "other"
-    number:LOW:HIGH  numbers, as many as the dictionary allows (at most 32, or a third argument); anything else is removed
+    number:LOW:HIGH  numbers, as many as the dictionary allows (at most 32, or a third argument), within a range
     index            a name that is a whole number of up to six digits
     pointer          tags of the dictionary (attribute pointers)
     items:NAME       a sequence, each of its items by table NAME
@@ -42,6 +42,7 @@ from types import MappingProxyType
 from typing import Literal, cast, get_args
 
 from pydicom.datadict import dictionary_VM, dictionary_VR, keyword_for_tag
+from pydicom.tag import BaseTag
 
 VERSION = "fedscan allow-list 2"
 
@@ -59,7 +60,7 @@ class Element:
     """One kept element.
 
     Attributes:
-        tag: group and element as one number.
+        tag: group and element.
         keyword: the standard's keyword.
         vr: value representation in the standard's dictionary.
         action: what is done to it, see this file's docstring.
@@ -69,7 +70,7 @@ class Element:
         section: where PS3.3 defines it.
     """
 
-    tag: int
+    tag: BaseTag
     keyword: str
     vr: str
     action: Action
@@ -98,26 +99,16 @@ def tables(text: str) -> MappingProxyType[str, Table]:
             rows = found.setdefault(name, [])
             continue
         where, keyword, what, kind = line.split()
-        tag = int(where.replace(",", ""), 16)
+        tag = BaseTag(int(where.replace(",", ""), 16))
         action, *arguments = what.split(":")
         if keyword_for_tag(tag) != keyword or action not in get_args(Action) or kind not in get_args(Type):
             raise ValueError(f"not a row of a table: {line}")
         if tag in {row.tag for row in rows}:
             raise ValueError(f"twice in a table: {line}")
         fewest, most = _multiplicity(dictionary_VM(tag), arguments[2:] if action == "number" else ())
-        rows.append(
-            Element(
-                tag,
-                keyword,
-                dictionary_VR(tag),
-                cast(Action, action),
-                tuple(arguments),
-                cast(Type, kind),
-                fewest,
-                most,
-                section.split(" ", 1)[0],
-            )  # fmt: skip
-        )
+        cited, vr = section.split(" ", 1)[0], dictionary_VR(tag)
+        what_is_done, when = cast(Action, action), cast(Type, kind)
+        rows.append(Element(tag, keyword, vr, what_is_done, tuple(arguments), when, fewest, most, cited))
     return MappingProxyType({name: tuple(rows) for name, rows in found.items()})
 
 

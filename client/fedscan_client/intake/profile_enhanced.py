@@ -10,6 +10,7 @@ ENHANCED = tables(r"""
 0008,0023 ContentDate date 2c
 0008,0033 ContentTime dummy:000000 1
 0008,002A AcquisitionDateTime date 3
+0008,0070 Manufacturer maker 2c
 0008,1090 ManufacturerModelName dummy:removed 1
 0018,1000 DeviceSerialNumber dummy:removed 1
 0018,1020 SoftwareVersions dummy:removed 1
@@ -101,8 +102,8 @@ ENHANCED = tables(r"""
 0020,9072 FrameLaterality code 3
 
 [TRANSFORMATION] C.7.6.16.2.9 Pixel Value Transformation
-0028,1052 RescaleIntercept number:-1e12:1e12 1c
-0028,1053 RescaleSlope number:-1e12:1e12 1c
+0028,1052 RescaleIntercept number:-1e9:1e9 1c
+0028,1053 RescaleSlope number:-1e9:1e9 1c
 0028,1054 RescaleType code 2c
 
 [FRAME_VOI] C.7.6.16.2.10 Frame VOI LUT
@@ -178,7 +179,7 @@ ENHANCED = tables(r"""
 0018,9322 ReconstructionPixelSpacing number:0:1000 3
 
 [CT_EXPOSURE] C.8.15.3.8 CT Exposure
-0018,9323 ExposureModulationType dummy:removed 2c
+0018,9323 ExposureModulationType dummy:UNKNOWN 2c
 0018,9324 EstimatedDoseSaving number:-100:100 3
 0018,9328 ExposureTimeInms number:0:1e9 3
 0018,9330 XRayTubeCurrentInmA number:0:1e6 3

@@ -87,8 +87,8 @@ MODULES = tables(r"""
 0028,1041 PixelIntensityRelationshipSign number:-1:1 3
 0028,1050 WindowCenter number:-1e9:1e9 3
 0028,1051 WindowWidth number:0:1e9 3
-0028,1052 RescaleIntercept number:-1e12:1e12 1c
-0028,1053 RescaleSlope number:-1e12:1e12 1c
+0028,1052 RescaleIntercept number:-1e9:1e9 1c
+0028,1053 RescaleSlope number:-1e9:1e9 1c
 0028,1054 RescaleType code 2c
 0028,1056 VOILUTFunction code 3
 0028,3000 ModalityLUTSequence items:MODALITY_LUT 1c
@@ -215,7 +215,7 @@ MODULES = tables(r"""
 0018,1511 PositionerSecondaryAngle number:-360:360 2c
 
 [NM] C.8.4.8 to C.8.4.19 NM Multi-frame, Isotope, Detector, TOMO, Gated, Phase, Reconstruction
-0018,0070 CountsAccumulated number:0:1e12 2c
+0018,0070 CountsAccumulated number:0:1e9 2c
 0018,0088 SpacingBetweenSlices number:-1000:1000 2c
 0018,1242 ActualFrameDuration number:0:1000000000 3
 0018,1243 CountRate number:0:1e9 3

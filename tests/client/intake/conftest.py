@@ -1,8 +1,10 @@
-"""A phantom hospital, and a single CR instance to spoil."""
+"""A phantom hospital, a single CR instance to spoil, and objects full of canaries."""
 
+import importlib.util
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -140,3 +142,14 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hospital")
     draw_hospital(folder, name="Canary General", patients=12, seed=5, as_of=TODAY)
     return folder
+
+
+@pytest.fixture(scope="session")
+def canaries() -> ModuleType:
+    """scripts/bench/deid_canaries.py, which the leak table of the bench is made with."""
+    path = Path(__file__).parents[3] / "scripts" / "bench" / "deid_canaries.py"
+    spec = importlib.util.spec_from_file_location("deid_canaries", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
