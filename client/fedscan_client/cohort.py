@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedscan_client.intake import pixels
+from fedscan_client.intake import pictures
 from fedscan_client.site import Site
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import DataError
@@ -164,7 +164,7 @@ def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Liter
         number = int(index) if index else None
     except ValueError:
         raise DataError(f"{path.name}: the index '{index}' is no number.", remedy="Correct the table.") from None
-    return pixels.load_image(path, number, size=size, channels=channels)
+    return pictures.load_image(path, number, size=size, channels=channels)
 
 
 @functools.lru_cache(maxsize=4096)

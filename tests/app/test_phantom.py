@@ -9,8 +9,10 @@ import pytest
 from pydicom import config as pydicom_config
 
 from fedscan.phantom import draw_hospital, draw_image, draw_patients, phantom_table
-from fedscan_client.intake.pixels import dicom_image, load_image
+from fedscan_client.intake.pictures import load_image
+from fedscan_client.intake.render import render
 from fedscan_client.intake.sources import read_table, row_path
+from fedscan_client.intake.stack import assemble
 
 DAY = date(2026, 1, 15)
 
@@ -92,7 +94,7 @@ def test_monochrome1_shows_the_same_kind_of_picture(hospital):
     middle: dict[str, list[float]] = {"MONOCHROME1": [], "MONOCHROME2": []}
     for ds in headers(hospital):
         if ds.Modality == "CR":
-            image = dicom_image(ds, (64, 64), 1)[0]
+            image = render(assemble([ds])[0][0], window="header", size=(64, 64), channels=1)[0, 0]
             # The spine is brighter than the air beside the body, whatever the stored polarity.
             assert image[20:50, 30:34].mean() > image[:10, :4].mean() + 0.2
             middle[ds.PhotometricInterpretation].append(image.mean())

@@ -10,7 +10,7 @@ from scipy import stats
 
 from fedscan_client import cohort
 from fedscan_client.cohort import TABLE, load_patients, split_of
-from fedscan_client.intake import pixels
+from fedscan_client.intake import pictures
 from fedscan_client.site import Source
 from fedscan_core.errors import DataError
 from fedscan_models import registry, scatter
@@ -39,7 +39,7 @@ def edit(site, change):
 
 
 def picture(site, seed):
-    return pixels.load_image(site.source.folder / f"canary-file-{seed}.png", size=(16, 16), channels=1)
+    return pictures.load_image(site.source.folder / f"canary-file-{seed}.png", size=(16, 16), channels=1)
 
 
 @pytest.mark.parametrize(("text", "index"), [("well", 0), ("ill", 1), ("0", 0), ("1", 1), ("1.0", 1)])
@@ -144,7 +144,7 @@ def test_fixed_features_are_those_of_each_image_alone(make_site, make_run, tmp_p
     inputs = load_patients(site, run, "train").inputs
     assert len(inputs) == 70
     for number in (0, 63, 64, 69):
-        image = pixels.load_image(site.source.folder / f"canary-file-{number}.png", size=(32, 32), channels=1)
+        image = pictures.load_image(site.source.folder / f"canary-file-{number}.png", size=(32, 32), channels=1)
         assert torch.equal(inputs[number], scatter.features(torch.from_numpy(image[None]))[0])
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from numpy.typing import NDArray
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
@@ -28,7 +29,7 @@ from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
 from pydicom.valuerep import DSfloat
 
 from fedscan_client.intake import headers
-from fedscan_client.intake.pixels import decode
+from fedscan_client.intake.decode import frames
 from fedscan_client.intake.profile import CODES, MAKERS, PROFILE, VERSION
 from fedscan_client.intake.records import Refused
 from fedscan_core.errors import DataError
@@ -84,7 +85,7 @@ def deidentify(ds: Dataset, key: bytes) -> Dataset:
         Refused: the image is of a kind, or has a header or pixel data, that is not accepted.
     """
     check_kind(ds)
-    pixels = decode(ds)
+    pixels = _grey(ds)
     out = Dataset()
     for element in PROFILE:
         value = _ACTIONS[element.action](ds, element.keyword, key)
@@ -103,6 +104,16 @@ def deidentify(ds: Dataset, key: bytes) -> Dataset:
     out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     out.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     return out
+
+
+def _grey(ds: Dataset) -> NDArray[Any]:
+    """The one grey frame of an image, [H, W]."""
+    pixels = frames(ds)
+    if pixels.ndim != 3 or pixels.dtype.itemsize > 2:
+        raise Refused("colour" if pixels.ndim != 3 else "bit_layout")
+    if len(pixels) != 1:
+        raise Refused("multi_frame")
+    return pixels[0]
 
 
 def check_kind(ds: Dataset) -> None:

@@ -57,10 +57,24 @@ def decimal(ds: Dataset, keyword: str) -> float | None:
         Refused: not a finite number.
     """
     found = value(ds, keyword)
-    if isinstance(found, MultiValue):
+    if isinstance(found, MultiValue | list):
         found = found[0] if found else None
+    return None if found is None or found == "" else _finite(found)
+
+
+def decimals(ds: Dataset, keyword: str) -> tuple[float, ...]:
+    """All values of a decimal element, none where absent or empty.
+
+    Raises:
+        Refused: one of them is not a finite number.
+    """
+    found = value(ds, keyword)
     if found is None or found == "":
-        return None
+        return ()
+    return tuple(_finite(one) for one in (found if isinstance(found, MultiValue | list) else [found]))
+
+
+def _finite(found: Any) -> float:
     try:
         number = float(found)
     except (TypeError, ValueError, OverflowError):

@@ -26,9 +26,11 @@ from pydicom.dataset import Dataset
 from fedscan_client.intake import cache, headers
 from fedscan_client.intake.consent import read_register
 from fedscan_client.intake.deid import deidentify, pseudonym
-from fedscan_client.intake.pixels import Channels, dicom_image
+from fedscan_client.intake.pictures import Channels
 from fedscan_client.intake.records import SPLITS, Record, Refused
+from fedscan_client.intake.render import render
 from fedscan_client.intake.sources import dicom_files, parse_rows, read_instance, read_text
+from fedscan_client.intake.stack import assemble
 from fedscan_core.errors import DataError
 
 _IDENTITY = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -139,7 +141,8 @@ def ingest(
                 if entry.instance in seen:
                     raise Refused("duplicate")
                 clean = _read_clean(entry, site_key)
-                image = dicom_image(clean, image_size, channels)
+                volume = assemble([clean])[0][0]
+                image = render(volume, window="header", size=image_size, channels=channels)[0]
             except Refused as reason:
                 refused[reason.reason] += 1
                 continue

@@ -1,26 +1,19 @@
-"""Pixels to float32 [C, H, W] in [0, 1], looking at nothing but the one image.
+"""PNG, JPEG and npz images to float32 [C, H, W] in [0, 1], looking at nothing but the one image.
 
-Scaling uses the range of the data type (PNG, JPEG, npz) or the header's window (DICOM), never a
-mean or a maximum over patients, which would be a query on private data. Aspect ratio is kept: the
-image is resized to fit and centred on black. Shrinking averages areas (antialiased), enlarging is
-bilinear, and an image that already has the size comes through bit for bit.
-
-DICOM: PS3.3 C.11.1 (rescale), C.11.2.1.2 (window), C.7.6.3.1.2 (MONOCHROME1 is shown inverted).
+Scaling uses the range of the data type, never a mean or a maximum over patients, which would be a query on private
+data. Aspect ratio is kept: the image is resized to fit and centred on black. Shrinking averages areas (antialiased),
+enlarging is bilinear, and an image that already has the size comes through bit for bit.
 """
 
 import functools
 import io
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataset import Dataset
 
-from fedscan_client.intake import headers
-from fedscan_client.intake.records import Refused
 from fedscan_core.errors import DataError
 
 Channels = Literal[1, 3]
@@ -58,7 +51,7 @@ def load_image(
                 remedy="Indices run from 0.",
             )
         pixels = images[index]
-    return _finish(_unit(pixels, path), size, channels)
+    return finish(_unit(pixels, path), size, channels)
 
 
 def npz_images(path: Path) -> NDArray[Any]:
@@ -144,8 +137,8 @@ def _unit(pixels: NDArray[Any], path: Path) -> NDArray[np.float32]:
     return np.ascontiguousarray(unit.transpose(2, 0, 1))
 
 
-def _finish(x_CHW: NDArray[np.float32], size: tuple[int, int], channels: Channels) -> NDArray[np.float32]:
-    """Channels, then size."""
+def finish(x_CHW: NDArray[np.float32], size: tuple[int, int], channels: Channels) -> NDArray[np.float32]:
+    """[C, h, w] in [0, 1] to [channels, rows, columns]: colour to luma or grey repeated, then `fit`."""
     if channels == 1 and len(x_CHW) == 3:
         x_CHW = np.clip(np.tensordot(_LUMA, x_CHW, 1)[None], 0, 1, dtype=np.float32)
     elif channels == 3 and len(x_CHW) == 1:
@@ -168,90 +161,3 @@ def fit(x_CHW: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32
         resized = Image.fromarray(np.ascontiguousarray(x_HW)).resize((columns, rows), method)
         out[channel, top : top + rows, left : left + columns] = np.clip(np.asarray(resized), 0, 1)
     return out
-
-
-def decode(ds: Dataset) -> NDArray[Any]:
-    """Decodes one grey DICOM frame to whole numbers [H, W], and nothing but those.
-
-    Bits outside `BitsStored` are cleared (old overlays, with text, hide there), and what follows
-    the last pixel is left behind.
-
-    Raises:
-        Refused: colour, several frames, a bit layout that does not add up, a size beyond
-            `MAX_PIXELS`, no pixel data, or pixel data that cannot be decoded.
-    """
-    if not headers.value(ds, "PixelData"):
-        raise Refused("no_pixels")
-    rows, columns = (headers.count(ds, keyword) for keyword in ("Rows", "Columns"))
-    allocated, stored = (headers.count(ds, keyword) for keyword in ("BitsAllocated", "BitsStored"))
-    high, signed = (headers.count(ds, keyword) for keyword in ("HighBit", "PixelRepresentation"))
-    if headers.value(ds, "NumberOfFrames") not in (None, "", 1):
-        raise Refused("multi_frame")
-    if headers.count(ds, "SamplesPerPixel") != 1 or headers.photometric(ds) is None:
-        raise Refused("colour")
-    if allocated not in (8, 16) or not 1 <= stored <= allocated or high != stored - 1 or signed not in (0, 1):
-        raise Refused("bit_layout")
-    if not 0 < rows * columns <= MAX_PIXELS:
-        raise Refused("too_large" if rows * columns else "bad_header")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they quote header values
-            raw = np.asarray(ds.pixel_array)
-    except Exception:  # decoders raise many kinds on damaged data
-        raise Refused("pixels_undecodable") from None
-    dtype = np.dtype(f"{'i' if signed else 'u'}{allocated // 8}")
-    if raw.shape != (rows, columns) or raw.dtype.kind not in "iu":
-        raise Refused("pixels_undecodable")
-    # pydicom 3 clears the bits above the stored ones; an image for which it did not is not passed
-    # on.
-    low = -(1 << stored - 1) if signed else 0
-    if raw.min() < low or raw.max() >= low + (1 << stored):
-        raise Refused("bit_layout")
-    return raw.astype(dtype)
-
-
-def dicom_image(ds: Dataset, size: tuple[int, int], channels: Channels) -> NDArray[np.float32]:
-    """Decodes one grey DICOM image for training.
-
-    Rescale slope and intercept, then the header's first window, then MONOCHROME1 inverted. An image
-    without a usable window is stretched from its own minimum to its own maximum (still nobody
-    else's); a constant one becomes black.
-
-    Returns:
-        float32 [channels, rows, columns] in [0, 1].
-
-    Raises:
-        Refused: see `decode`; or values that are not finite.
-    """
-    x_HW = decode(ds).astype(np.float64)
-    slope, intercept = headers.decimal(ds, "RescaleSlope"), headers.decimal(ds, "RescaleIntercept")
-    if slope == 0:
-        raise Refused("bad_header")
-    x_HW = x_HW * (1.0 if slope is None else slope) + (intercept or 0.0)
-    if not np.isfinite(x_HW).all():
-        raise Refused("not_finite")
-    y_HW = _window(x_HW, ds)
-    if headers.photometric(ds) == "MONOCHROME1":
-        y_HW = 1 - y_HW
-    return _finish(y_HW.astype(np.float32)[None], size, channels)
-
-
-def _window(x_HW: NDArray[np.float64], ds: Dataset) -> NDArray[np.float64]:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3, to [0, 1]."""
-    center, width = headers.decimal(ds, "WindowCenter"), headers.decimal(ds, "WindowWidth")
-    declared = headers.value(ds, "VOILUTFunction")
-    function = declared if declared in ("SIGMOID", "LINEAR_EXACT") else "LINEAR"
-    if center is None or width is None or width <= 0 or (function == "LINEAR" and width < 1):
-        half = x_HW / 2  # the range of two huge numbers would overflow
-        low, span = half.min(), half.max() - half.min()
-        return (half - low) / span if span > 0 else np.zeros_like(x_HW)
-    with np.errstate(over="ignore"):
-        if function == "SIGMOID":
-            y_HW = 1 / (1 + np.exp(-4 * (x_HW - center) / width))
-        elif function == "LINEAR_EXACT":
-            y_HW = (x_HW - center) / width + 0.5
-        elif width == 1:
-            y_HW = (x_HW > center - 0.5).astype(np.float64)
-        else:
-            y_HW = (x_HW - (center - 0.5)) / (width - 1) + 0.5
-    return np.clip(y_HW, 0, 1)

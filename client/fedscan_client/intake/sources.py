@@ -16,7 +16,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import FileDataset
 
-from fedscan_client.intake.pixels import npz_images
+from fedscan_client.intake.pictures import npz_images
 from fedscan_client.intake.records import SPLITS, Refused
 from fedscan_core.errors import DataError, FedscanError
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedscan_client.intake import cache, pixels
+from fedscan_client.intake import cache, deid
 from fedscan_client.intake.deid import pseudonym
 from fedscan_client.intake.ingest import ingest, load_cohort_records
 from fedscan_client.intake.records import REASONS
@@ -120,14 +120,13 @@ def test_pixels_of_a_patient_without_consent_are_never_decoded(cr_instance, save
     junk.add_new("PixelData", "OW", b"\xff" * 10)  # would be refused as undecodable
     save(junk, tmp_path / "dicom/b")
     decoded: list[str] = []
-    real = pixels.decode
+    real = deid.frames
 
     def watched(ds):
         decoded.append(ds.PatientID)
         return real(ds)
 
-    monkeypatch.setattr(pixels, "decode", watched)
-    monkeypatch.setattr("fedscan_client.intake.deid.decode", pixels.decode)
+    monkeypatch.setattr(deid, "frames", watched)
     report = run(tmp_path, tmp_path / "cache")
     assert report.no_consent == 1 and report.accepted == 1 and not report.refused
     assert "B" not in decoded and "A-1" in decoded

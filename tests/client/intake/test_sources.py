@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedscan_client.intake.pixels import load_image
+from fedscan_client.intake.pictures import load_image
 from fedscan_client.intake.records import Refused
 from fedscan_client.intake.sources import dicom_files, read_instance, read_table, row_path
 from fedscan_core.errors import DataError
