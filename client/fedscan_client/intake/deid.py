@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -113,7 +114,7 @@ def _grey(ds: Dataset) -> NDArray[Any]:
         raise Refused("colour" if pixels.ndim != 3 else "bit_layout")
     if len(pixels) != 1:
         raise Refused("multi_frame")
-    return pixels[0]
+    return np.asarray(pixels[0])
 
 
 def check_kind(ds: Dataset) -> None:

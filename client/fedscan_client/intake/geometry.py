@@ -2,9 +2,9 @@
 
 A stack is regular: one orientation, one size, one spacing, and every slice within a fifth of the slice distance of its
 place on the line from the first to the last. (Scanners that write tenths of a millimetre put a slice of 0.6 mm up to
-0.1 mm beside it; a missing slice moves another one by half the distance at least.) Slices lie along that line even where it is not the
-normal (a tilted CT gantry); the distance is measured along the normal. Nothing is interpolated and nothing is guessed:
-what is not regular is refused.
+0.1 mm beside it; a missing slice moves another one by half the distance at least.) Slices lie along that line even
+where it is not the normal (a tilted CT gantry); the distance is measured along the normal. Nothing is interpolated and
+nothing is guessed: what is not regular is refused.
 
 Source: PS3.3 C.7.6.2.1.1.
 """
@@ -92,7 +92,8 @@ def _same_size(a: Slice, b: Slice) -> bool:
 def _alike(a: Slice, b: Slice) -> bool:
     """Whether two frames can lie in one stack."""
     facts = [
-        (one.stored.shape, one.inverted, one.unit, one.frame_of_reference, one.stored.dtype.kind == "f") for one in (a, b)
+        (one.stored.shape, one.inverted, one.unit, one.frame_of_reference, one.stored.dtype.kind == "f")
+        for one in (a, b)
     ]
     if facts[0] != facts[1] or (a.spacing is None) != (b.spacing is None):
         return False
@@ -103,7 +104,7 @@ def _alike(a: Slice, b: Slice) -> bool:
 
 
 def _parts(stack: list[Slice]) -> list[list[Slice]]:
-    """A stack sorted along its normal; where places repeat, one for each time, echo, ... that the header tells apart."""
+    """A stack sorted along its normal; where places repeat, one for each time, echo, ... that headers tell apart."""
     normal_3 = _plane(stack[0]).normal
 
     def depth(one: Slice) -> float:

@@ -21,7 +21,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from fedscan_client.intake.records import Refused
 
-MAX_BYTES = 2**29 + 2**25  # of a file: decoded pixels as `decode.MAX_BYTES` allows, and its header
+MAX_BYTES = 2**29 + 2**25  # of a file: decoded pixels as `layout.MAX_BYTES` allows, and its header
 HEADER_BYTES = 2**25  # of everything but pixels: a functional group takes 1 to 2 kB for each frame
 INFLATED_BYTES = 2**28
 _READS = 2**18  # an element takes two or three, an item counts as four; not those in a sequence of stated length

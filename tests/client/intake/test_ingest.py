@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedscan_client.intake import cache, deid
+from fedscan_client.intake import cache, decode, deid
 from fedscan_client.intake.deid import pseudonym
 from fedscan_client.intake.ingest import ingest, load_cohort_records
 from fedscan_client.intake.records import REASONS
@@ -120,7 +120,7 @@ def test_pixels_of_a_patient_without_consent_are_never_decoded(cr_instance, save
     junk.add_new("PixelData", "OW", b"\xff" * 10)  # would be refused as undecodable
     save(junk, tmp_path / "dicom/b")
     decoded: list[str] = []
-    real = deid.frames
+    real = decode.frames
 
     def watched(ds):
         decoded.append(ds.PatientID)
