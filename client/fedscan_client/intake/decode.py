@@ -11,9 +11,7 @@ Shape letters: F frames, H rows, W columns.
 
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from types import MappingProxyType
@@ -24,17 +22,13 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
-from pydicom.pixels import apply_color_lut, convert_color_space, get_decoder, unpack_bits
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut, convert_color_space
 
-from fedscan_client.intake import codestream, decoders, headers
+from fedscan_client.intake import codestream, decoders, headers, layout, unpack
+from fedscan_client.intake.layout import Layout
 from fedscan_client.intake.records import Refused
 
-MAX_FRAME = 2**26  # values of a frame: 67 million, more than any radiograph has
-MAX_BYTES = 2**29  # of an instance, decoded: 2**28 values of 16 bits
-
-_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_GREY = ("MONOCHROME1", "MONOCHROME2")
-_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _NATIVE = (
     uid.ImplicitVRLittleEndian,
     uid.ExplicitVRLittleEndian,
@@ -59,81 +53,6 @@ _CODECS: Mapping[str, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the header says of the pixels, checked for sense.
-
-    Attributes:
-        keyword: the element that holds them.
-        frames: number of frames.
-        rows: of a frame.
-        columns: of a frame.
-        samples: values of a pixel as stored, 1 or 3.
-        photometric: photometric interpretation.
-        allocated: bits of a value in memory: 1, 8, 16, 32, and 64 for real numbers.
-        stored: bits of a value that count.
-        signed: 1 where values are in two's complement.
-    """
-
-    keyword: str
-    frames: int
-    rows: int
-    columns: int
-    samples: int
-    photometric: str
-    allocated: int
-    stored: int
-    signed: int
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of a decoded value before any palette."""
-        kind = "f" if self.keyword != "PixelData" else "ui"[self.signed]
-        return np.dtype(f"{kind}{max(1, self.allocated // 8)}")
-
-
-def layout(ds: Dataset) -> Layout:
-    """Reads and checks the image pixel module (PS3.3 C.7.6.3).
-
-    Raises:
-        Refused: no_pixels, bad_header, bit_layout, colour or too_large.
-    """
-    found = [keyword for keyword in _KEYWORDS if keyword in ds]
-    if len(found) != 1 or not headers.value(ds, found[0]):
-        raise Refused("no_pixels")
-    rows, columns, samples = (headers.count(ds, keyword) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
-    allocated = headers.count(ds, "BitsAllocated")
-    frames = headers.value(ds, "NumberOfFrames")
-    frames = 1 if frames in (None, "") else frames
-    if not isinstance(frames, int) or frames < 1 or not rows or not columns:
-        raise Refused("bad_header")
-    photometric = headers.value(ds, "PhotometricInterpretation")
-    if photometric not in {1: (*_GREY, "PALETTE COLOR"), 3: _COLOUR}.get(samples, ()):
-        raise Refused("colour")
-    if found[0] != "PixelData":
-        if (found[0], allocated) not in (("FloatPixelData", 32), ("DoubleFloatPixelData", 64)) or samples != 1:
-            raise Refused("bit_layout")
-        stored, signed = allocated, 1
-    else:
-        stored, high, signed = (
-            headers.count(ds, f"{name}") for name in ("BitsStored", "HighBit", "PixelRepresentation")
-        )
-        if (
-            allocated not in (1, 8, 16, 32)
-            or not 1 <= stored <= allocated
-            or high != stored - 1
-            or signed not in (0, 1)
-        ):
-            raise Refused("bit_layout")
-        if photometric.startswith("YBR_FULL") and (stored != 8 or signed):
-            raise Refused("colour")
-    size = rows * columns * samples
-    decoded = size * frames * max(1, allocated // 8) * (6 if photometric == "PALETTE COLOR" else 1)
-    if size > MAX_FRAME or decoded > MAX_BYTES:
-        raise Refused("too_large")
-    return Layout(found[0], int(frames), rows, columns, samples, str(photometric), allocated, stored, signed)
-
-
 def frames(ds: Dataset) -> NDArray[Any]:
     """All frames of an instance.
 
@@ -145,9 +64,9 @@ def frames(ds: Dataset) -> NDArray[Any]:
         numbers of the allocated width, or real numbers where the pixels are. Palettes are applied (8 or 16 bits).
 
     Raises:
-        Refused: see `layout`; or transfer_syntax, pixels_undecodable, bit_layout.
+        Refused: see `layout.read`; or transfer_syntax, pixels_undecodable, bit_layout.
     """
-    shape = layout(ds)
+    shape = layout.read(ds)
     if shape.frames == 1:
         return next(iterate(ds))[None]
     out: NDArray[Any] | None = None
@@ -165,11 +84,11 @@ def iterate(ds: Dataset) -> Iterator[NDArray[Any]]:
     Raises:
         Refused: as `frames`, when the frame that is wrong is reached.
     """
-    shape = layout(ds)
+    shape = layout.read(ds)
     syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None)
     if syntax in _NATIVE:
         coded = _native(ds, shape, syntax)
-    elif syntax in _CODECS or syntax in (uid.RLELossless, _DEFLATED_FRAMES):
+    elif syntax is not None and (syntax in _CODECS or syntax in (uid.RLELossless, _DEFLATED_FRAMES)):
         coded = (_unpacked(source, shape, syntax) for source in _encapsulated(ds, shape))
     else:
         raise Refused("transfer_syntax")
@@ -192,21 +111,21 @@ def _native(ds: Dataset, shape: Layout, syntax: str) -> Iterator[Coded]:
     if len(headers.value(ds, shape.keyword)) * 8 < bits:
         raise Refused("pixels_undecodable")
     options: dict[str, Any] = {"raw": True, "view_only": True, "correct_unused_bits": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they quote header values
-            for number in range(shape.frames):
+    for number in range(shape.frames):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they quote header values
                 pixels, _ = get_decoder(uid.UID(syntax)).as_array(ds, index=number, **options)
-                yield pixels, "YBR" if shape.photometric.startswith("YBR") else "RGB"
-    except Exception:  # pydicom raises many kinds on headers that contradict themselves
-        raise Refused("pixels_undecodable") from None
+        except Exception:  # pydicom raises many kinds on headers that contradict themselves
+            raise Refused("pixels_undecodable") from None
+        yield pixels, "YBR" if shape.photometric.startswith("YBR") else "RGB"
 
 
 def _encapsulated(ds: Dataset, shape: Layout) -> Iterator[bytes]:
     """The code stream of each frame; of those beyond NumberOfFrames none."""
     data = headers.value(ds, "PixelData")
     offsets = headers.value(ds, "ExtendedOffsetTable"), headers.value(ds, "ExtendedOffsetTableLengths")
-    # No coding makes a frame much larger than it is; and a stream of that size cannot hold a bomb.
+    # No coding makes a frame twice as large as it is.
     largest = 2 * shape.rows * shape.columns * shape.samples * max(1, shape.allocated // 8) + 2**16
     try:
         if all(offsets):
@@ -230,9 +149,9 @@ def _unpacked(source: bytes, shape: Layout, syntax: str) -> Coded:
     """One compressed frame as whole numbers of its own width."""
     colour: Colour = "YBR" if shape.photometric.startswith("YBR_FULL") else "RGB"
     if syntax == uid.RLELossless:
-        return _rle(source, shape), colour
+        return unpack.rle(source, shape), colour
     if syntax == _DEFLATED_FRAMES:
-        return _inflated(source, shape), colour
+        return unpack.inflated(source, shape), colour
     stream = codestream.read(source)
     if (stream.rows, stream.columns, stream.samples) != (shape.rows, shape.columns, shape.samples):
         raise Refused("pixels_undecodable")
@@ -256,65 +175,6 @@ def _unpacked(source: bytes, shape: Layout, syntax: str) -> Coded:
     if shape.signed and codec in ("openjpeg", "pyjpegls") and not stream.signed:
         pixels = _bits(pixels, stream.precision, shape.dtype)
     return pixels, colour
-
-
-def _rle(source: bytes, shape: Layout) -> NDArray[Any]:
-    """PS3.5 Annex G: one segment for each byte of each sample, most significant first."""
-    width = max(1, shape.allocated // 8)
-    size = shape.rows * shape.columns if shape.allocated > 1 else -(-shape.rows * shape.columns // 8)
-    try:
-        count, *offsets = struct.unpack_from("<16L", source)
-    except struct.error:
-        raise Refused("pixels_undecodable") from None
-    if count != width * shape.samples or any(a >= b for a, b in zip(offsets[:count], [*offsets[1:count], len(source)])):
-        raise Refused("pixels_undecodable")
-    planes = np.empty((shape.samples, size, width), "u1")
-    for number in range(count):
-        end = offsets[number + 1] if number + 1 < count else len(source)
-        planes[number // width, :, width - 1 - number % width] = _packbits(source[offsets[number] : end], size)
-    if shape.allocated == 1:
-        return _bitmap(planes.tobytes(), shape)
-    values = planes.reshape(shape.samples, -1).view(f"<u{width}")
-    return (
-        values.reshape(shape.samples, shape.rows, shape.columns)
-        .transpose(1, 2, 0)
-        .squeeze(axis=2 if shape.samples == 1 else ())
-    )
-
-
-def _packbits(segment: bytes, size: int) -> NDArray[np.uint8]:
-    """Undoes PS3.5 G.3.2 up to `size` bytes, whatever follows."""
-    out, position = bytearray(), 0
-    try:
-        while len(out) < size:
-            length = segment[position]
-            if length < 128:
-                out += segment[position + 1 : position + 2 + length]
-                position += 2 + length
-            else:
-                if length > 128:
-                    out += segment[position + 1 : position + 2] * (257 - length)
-                position += 2 if length > 128 else 1
-    except IndexError:
-        raise Refused("pixels_undecodable") from None
-    return np.frombuffer(out, "u1", size)
-
-
-def _inflated(source: bytes, shape: Layout) -> NDArray[Any]:
-    size = -(-prod((shape.rows, shape.columns, shape.samples, shape.allocated)) // 8)
-    try:
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(source, size)
-    except zlib.error:
-        raise Refused("pixels_undecodable") from None
-    if len(data) < size or shape.samples != 1:
-        raise Refused("pixels_undecodable")
-    if shape.allocated == 1:
-        return _bitmap(data, shape)
-    return np.frombuffer(data, shape.dtype.newbyteorder("<")).reshape(shape.rows, shape.columns)
-
-
-def _bitmap(data: bytes, shape: Layout) -> NDArray[Any]:
-    return np.asarray(unpack_bits(data))[: shape.rows * shape.columns].reshape(shape.rows, shape.columns)
 
 
 def _bits(pixels: NDArray[Any], bits: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import partial
 from io import BytesIO
@@ -132,10 +133,8 @@ def close() -> None:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            try:
+            with suppress(OSError):  # what it was not able to write
                 pipe.close()
-            except OSError:  # what it was not able to write
-                pass
     _child = None
 
 
@@ -172,9 +171,9 @@ def serve() -> None:
 
 
 def _openjpeg(source: bytes, job: Job) -> NDArray[Any]:
-    import openjpeg
+    from openjpeg.utils import decode as openjpeg
 
-    return np.asarray(openjpeg.decode(source))
+    return np.asarray(openjpeg(source))
 
 
 def _jpegls(source: bytes, job: Job) -> NDArray[Any]:

@@ -1,10 +1,10 @@
 """Which frames form one stack, in which order, and where it lies.
 
-A stack is regular: one orientation, one size, one spacing, and every slice within a tenth of the slice distance of its
-place on the line from the first to the last (scanners that write a tenth of a millimetre round by 8 % of the thinnest
-slices; a missing slice moves its neighbours by a half at least). Slices lie along that line even where it is not the
-normal (a tilted CT gantry); the distance is measured along the normal. Nothing is interpolated and nothing is guessed:
-what is not regular is refused.
+A stack is regular: one orientation, one size, one spacing, and every slice within a fifth of the slice distance of its
+place on the line from the first to the last. (Scanners that write tenths of a millimetre put a slice of 0.6 mm up to
+0.1 mm beside it; a missing slice moves another one by half the distance at least.) Slices lie along that line even
+where it is not the normal (a tilted CT gantry); the distance is measured along the normal. Nothing is interpolated and
+nothing is guessed: what is not regular is refused.
 
 Source: PS3.3 C.7.6.2.1.1.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedscan_client.intake.records import Refused
 from fedscan_client.intake.slices import MARKS, Plane, Slice
 
-TOLERANCE = 0.1  # of the slice distance
+TOLERANCE = 0.2  # of the slice distance
 _SAME_PLACE = 0.01  # mm: slices closer than this are at one place
 _COSINE = 1e-3  # direction cosines, as they are rounded in headers
 _MOST = 64  # stacks of a series
@@ -104,7 +104,7 @@ def _alike(a: Slice, b: Slice) -> bool:
 
 
 def _parts(stack: list[Slice]) -> list[list[Slice]]:
-    """A stack sorted along its normal; where places repeat, one for each time, echo, ... that the header tells apart."""
+    """A stack sorted along its normal; where places repeat, one for each time, echo, ... that headers tell apart."""
     normal_3 = _plane(stack[0]).normal
 
     def depth(one: Slice) -> float:

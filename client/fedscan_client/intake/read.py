@@ -21,10 +21,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from fedscan_client.intake.records import Refused
 
-MAX_BYTES = 2**29 + 2**25  # of a file: decoded pixels as `decode.MAX_BYTES` allows, and its header
+MAX_BYTES = 2**29 + 2**25  # of a file: decoded pixels as `layout.MAX_BYTES` allows, and its header
 HEADER_BYTES = 2**25  # of everything but pixels: a functional group takes 1 to 2 kB for each frame
 INFLATED_BYTES = 2**28
-_READS = 2**18  # two or three for each element that is not inside a sequence of stated length
+_READS = 2**18  # an element takes two or three, an item counts as four; not those in a sequence of stated length
+_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little endian, big endian
 _ITEMS = 2**17  # of sequences of stated length, which pydicom unfolds when they are asked for
 
 
@@ -57,8 +58,8 @@ def whole(stream: BinaryIO, size: int) -> FileDataset:
     return _parsed(_Bounded(stream, size, MAX_BYTES), pixels=True, tags=None)
 
 
-class _TooLarge(BaseException):
-    """A limit was reached: not an Exception, so that nobody on the way takes it for the end of the file."""
+class _Stop(BaseException):
+    """Why reading ends here: not an Exception, so that nobody on the way takes it for the end of the file."""
 
 
 class _Bounded:
@@ -78,8 +79,19 @@ class _Bounded:
         self._left -= count
         self._reads -= 1
         if self._left < 0 or self._reads < 0:
-            raise _TooLarge
-        return self._read(count)
+            raise _Stop("too_large")
+        try:
+            data = self._read(count)
+        except OSError:
+            raise _Stop("unreadable") from None
+        if data[:4] in _ITEM_TAGS:
+            self._reads -= 3
+        return data
+
+    def more(self) -> bytes:
+        """The next 64 KiB, which count for nothing."""
+        self._left, self._reads = self._left + 2**16, self._reads + 1
+        return self.read(2**16)
 
 
 def _parsed(stream: "_Bounded", *, pixels: bool, tags: Sequence[str] | None) -> FileDataset:
@@ -90,15 +102,13 @@ def _parsed(stream: "_Bounded", *, pixels: bool, tags: Sequence[str] | None) -> 
             ds = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=list(tags) if tags else None)
             if deflated:
                 ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    except _TooLarge:
-        raise Refused("too_large") from None
-    except OSError:
-        raise Refused("unreadable") from None
+    except _Stop as stop:
+        raise Refused(stop.args[0]) from None
     except Exception:  # a hostile file can raise anything, RecursionError and MemoryError included
         raise Refused("not_dicom") from None
     ds.buffer = None  # pydicom keeps the file it read from
     values = [e.value for e in ds.values() if e.tag.group != 0x7FE0 and isinstance(e.value, bytes)]
-    items = sum(value.count(b"\xfe\xff\x00\xe0") + value.count(b"\xff\xfe\xe0\x00") for value in values)
+    items = sum(value.count(tag) for value in values for tag in _ITEM_TAGS)
     if sum(map(len, values)) > HEADER_BYTES or items > _ITEMS:
         raise Refused("too_large")
     return ds
@@ -128,12 +138,12 @@ def _inflated(stream: _Bounded) -> tuple[BinaryIO, bool]:
     plain.write(b"1.2.840.10008.1.2.1".ljust(len(syntax), b"\0"))
     plain.seek(end)
     unpack = zlib.decompressobj(-zlib.MAX_WBITS)
-    while not unpack.eof and (packed := stream.stream.read(2**16)):
+    while not unpack.eof and (packed := stream.more()):
         while packed:
             plain.write(unpack.decompress(packed, 2**20))
             packed = unpack.unconsumed_tail
             if plain.tell() > INFLATED_BYTES:
-                raise _TooLarge
+                raise _Stop("too_large")
     size = plain.tell()
     plain.seek(0)
     return _Bounded(plain, size, stream.limit), True  # type: ignore[return-value]

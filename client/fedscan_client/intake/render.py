@@ -70,7 +70,7 @@ def _grey(
 
 
 def apply(x_HW: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3, to [0, 1]; the window must be usable (LINEAR: width at least 1, else above 0)."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3, to [0, 1]; the window can be applied (LINEAR: at least 1 wide)."""
     center, width = window.center, window.width
     with np.errstate(over="ignore"):
         if window.function == "SIGMOID":

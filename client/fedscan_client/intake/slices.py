@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from fedscan_client.intake import decode, headers
+from fedscan_client.intake import decode, headers, layout
 from fedscan_client.intake.records import Refused, Window
 
 # What tells frames at one place apart (PS3.3 C.7.6.17, C.8.3.1, C.8.13.5), in the order in which it is tried.
@@ -103,7 +103,7 @@ def of(ds: Dataset, source: int) -> Iterator[Slice]:
     Raises:
         Refused: see `decode.frames`; or bad_header, not_finite, geometry.
     """
-    shape = decode.layout(ds)
+    shape = layout.read(ds)
     shared = _items(ds, "SharedFunctionalGroupsSequence")[:1]
     own = _items(ds, "PerFrameFunctionalGroupsSequence")
     if own and len(own) != shape.frames:

@@ -1,12 +1,14 @@
 """One series of one patient as volumes: sorted, checked, in the units of the modality, in the smallest exact type.
 
-Memory: the stored slices are let go one by one while the volume is filled. Frames of one multi-frame object share
-their memory until the last is copied.
+Memory: the stored slices are let go one by one while the volume is filled. An object of many frames is there twice
+while its frames are taken out of it.
 
 Source: PS3.3 C.11.1 (modality transformation), C.7.5.1.1.2 (padding).
 """
 
+import mmap
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,12 @@ _TYPES = (np.uint8, np.int16, np.uint16, np.int32)
 def assemble(instances: Iterable[Dataset]) -> list[tuple[Volume, tuple[int, ...]]]:
     """Turns a series into volumes.
 
-    Slices of one orientation, size and spacing form a volume, sorted along the slice normal; localisers and mixed series
-    become several, and so do frames at one place that the header tells apart (acquisition, time, echo, b-value). A
-    radiograph, or an object of several frames without a place, is a volume of its own. Values are rescaled slice by
-    slice: whole numbers stay whole, in the smallest of uint8, int16, uint16 and int32 that holds them, all others become
-    float32; colour stays 8- or 16-bit RGB. Padding takes the least value that was measured (the greatest where
-    MONOCHROME1 shows that one black), so that it stretches nothing. Windows are those of the middle slice.
+    Slices of one orientation, size and spacing form a volume, sorted along the slice normal; localisers and mixed
+    series become several, and so do frames at one place that the header tells apart (acquisition, time, echo,
+    b-value). A radiograph, or an object of several frames without a place, is a volume of its own. Values are rescaled
+    slice by slice: whole numbers stay whole, in the smallest of uint8, int16, uint16 and int32 that holds them, all
+    others become float32; colour stays 8- or 16-bit RGB. Padding takes the least value that was measured (the greatest
+    where MONOCHROME1 shows that one black), so that it stretches nothing. Windows are those of the middle slice.
 
     Args:
         instances: de-identified, of one series of one patient; read once, in any order.
@@ -56,7 +58,7 @@ def assemble(instances: Iterable[Dataset]) -> list[tuple[Volume, tuple[int, ...]
             voxels += one.stored.size
             if voxels > MAX_VOXELS:
                 raise Refused("too_large")
-            found.append(one)
+            found.append(replace(one, stored=_apart(one.stored)))
     stacks = geometry.stacks(found, modality)
     found.clear()
     out = []
@@ -64,6 +66,15 @@ def assemble(instances: Iterable[Dataset]) -> list[tuple[Volume, tuple[int, ...]
         numbers = tuple(sorted({one.source for one in stack}))
         out.append((_volume(stack, modality), numbers))
     return out
+
+
+def _apart(stored: NDArray[Any]) -> NDArray[Any]:
+    """A copy that the system gets back when it is let go: from the heap it would not, and memory would be twice."""
+    if stored.nbytes < 2**16:
+        return stored.copy()
+    copy = np.frombuffer(mmap.mmap(-1, stored.nbytes), stored.dtype).reshape(stored.shape)
+    copy[:] = stored
+    return copy
 
 
 def _volume(stack: list[Slice], modality: str) -> Volume:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
 from fedscan.phantom import draw_hospital
 from fedscan_client import consent, keys
@@ -68,6 +69,29 @@ def _save(ds: Dataset, path: Path) -> Path:
 def cr_instance() -> Callable[..., Dataset]:
     """See `_cr_instance`."""
     return _cr_instance
+
+
+@pytest.fixture
+def peak() -> Callable[[], int]:
+    """How far this process's memory rose, in kB, since the test began or the last call.
+
+    Not getrusage: its peak never falls, and a new process starts with its parent's.
+    """
+    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def now(field: str) -> int:
+        return int(status.read_text().split(field + ":")[1].split()[0])
+
+    def rise() -> int:
+        nonlocal before
+        found = now("VmHWM") - before
+        marks.write_text("5")  # the peak becomes what is in use
+        before = now("VmRSS")
+        return found
+
+    before = 0
+    rise()
+    return rise
 
 
 @pytest.fixture(scope="session")
@@ -153,3 +177,38 @@ def canaries() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def ct(cr_instance: Callable[..., Dataset]) -> Callable[..., Dataset]:
+    """Makes one CT slice of the given values at z mm, or `at` a place; further elements by keyword."""
+
+    def make(
+        values: Any,
+        z: float = 0.0,
+        *,
+        at: Any = None,
+        axes: Any = (1, 0, 0, 0, 1, 0),
+        spacing: Any = (0.5, 0.7),
+        **changes: Any,
+    ) -> Dataset:
+        values = np.asarray(values)
+        bits = values.dtype.itemsize * 8
+        geometry = {
+            "ImagePositionPatient": (0, 0, z) if at is None else at,
+            "ImageOrientationPatient": axes,
+            "PixelSpacing": spacing,
+        }
+        layout = {
+            "Rows": values.shape[0],
+            "Columns": values.shape[1],
+            "BitsAllocated": bits,
+            "BitsStored": bits,
+            "HighBit": bits - 1,
+            "PixelRepresentation": int(values.dtype.kind == "i"),
+            "PixelData": values.astype(values.dtype.newbyteorder("<")).tobytes(),
+        }
+        decimals = {name: [DSfloat(float(one), auto_format=True) for one in given] for name, given in geometry.items()}
+        return cr_instance(**{"Modality": "CT", **layout, **decimals, **changes})
+
+    return make
