@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedscan_client.intake.records import PatientId
+    from fedscan_client.keys import SiteKey
     from fedscan_client.site import Site
 
 _SHOW = """\
@@ -132,20 +133,10 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _key(here: "Site") -> bytes:
-    """The key of the site's pseudonyms.
+def _key(here: "Site") -> "SiteKey":
+    from fedscan_client import keys
 
-    Raises:
-        ConfigError: there is none.
-    """
-    from fedscan_core.errors import ConfigError
-
-    try:
-        return (here.folder / "key").read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"The site's key cannot be read ({error.strerror}).", remedy="Run this as the user whose agent it is."
-        ) from None
+    return keys.load(here.folder, here.key)
 
 
 def _patient(arguments: argparse.Namespace, here: "Site") -> "PatientId":

@@ -136,9 +136,9 @@ def _register(here: Site) -> Register | None:
     Raises:
         ConsentError: it is missing, damaged or too old. That depends on the file, which is the hospital's to keep.
     """
-    if here.consent is None or here.intake is None:
+    if here.consent is None:
         return None
-    key = keys.load(here.folder, here.key).project(here.intake.project)
+    key = here.names(keys.load(here.folder, here.key))
     return consent.load(here.consent, key, site_folder=here.folder, today=date.today())
 
 

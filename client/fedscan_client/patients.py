@@ -5,7 +5,7 @@ withdrawal or ingest finishes the rest. What it cannot do: take the patient out 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from math import fsum
@@ -14,18 +14,14 @@ from typing import Any
 from fedscan_client import agent, consent, eligible
 from fedscan_client.consent import withdrawals
 from fedscan_client.dp import ledger
-from fedscan_client.intake import cache
+from fedscan_client.intake import cache, objects
 from fedscan_client.intake.deid import patient_name
 from fedscan_client.intake.records import PatientId
+from fedscan_client.keys import SiteKey
 from fedscan_client.site import Site
 from fedscan_core import accounting, rdp
 from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import ConfigError, ConsentError
-
-# Finds what else is held of a patient (site, project key, name); destroys it where the last argument is true. Returns
-# what it is and how many, such as ("objects in the spool", 3).
-Hook = Callable[[Site, bytes, str, bool], tuple[str, int]]
-HOOKS: tuple[Hook, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,12 +35,12 @@ class Held:
     images: int
 
 
-def show(site: Site, key: bytes, patient: PatientId, *, today: date) -> dict[str, Any]:
+def show(site: Site, key: SiteKey, patient: PatientId, *, today: date) -> dict[str, Any]:
     """Everything the site holds on a patient; plain values that JSON can hold, and not the patient's own number.
 
     Args:
         site: the hospital.
-        key: the project's key.
+        key: the site's.
         patient: as the hospital names them.
         today: the day of the question.
 
@@ -53,7 +49,7 @@ def show(site: Site, key: bytes, patient: PatientId, *, today: date) -> dict[str
         FolderError: the record of runs cannot be read.
         DataError: the key is too short, or the patient's file in the cache was altered.
     """
-    name = patient_name(key, patient)
+    name = patient_name(site.names(key), patient)
     held = _held(site, key, name)
     runs = _runs(site, name)
     return {
@@ -71,34 +67,29 @@ def show(site: Site, key: bytes, patient: PatientId, *, today: date) -> dict[str
     }
 
 
-def withdraw(
-    site: Site, key: bytes, patient: PatientId, *, today: date, yes: bool, hooks: Sequence[Hook] = HOOKS
-) -> dict[str, Any]:
+def withdraw(site: Site, key: SiteKey, patient: PatientId, *, today: date, yes: bool) -> dict[str, Any]:
     """Takes a patient out for good: recorded, then key and files destroyed. Without `yes` only says what would happen.
 
     May be repeated: what was left by a crash, or came since, is destroyed.
 
     Args:
         site: the hospital.
-        key: the project's key.
+        key: the site's.
         patient: as the hospital names them.
         today: the day of the withdrawal.
         yes: do it.
-        hooks: what else may hold something of a patient.
 
     Raises:
         ConsentError: the record of withdrawals was changed; nothing is destroyed.
         FolderError: the record of runs cannot be read.
     """
-    name = patient_name(key, patient)
+    name = patient_name(site.names(key), patient)
     runs = [{"run_id": run.run_id, "model": run.model} for run in eligible.runs_of(site.folder, name)]
     if yes:
         withdrawals.add(site.folder, name, today)
-        counts = {"key and files in the cache": int(cache.destroy_patient(site.source.folder, name))}
     else:
         withdrawals.read(site.folder)  # a record that was changed is found before, not half way
-        counts = {"key and files in the cache": int(name in cache.patients(site.source.folder))}
-    counts |= dict(hook(site, key, name, yes) for hook in hooks)
+    counts = objects.everything_of(site, key, name, destroy=yes)
     if yes:
         withdrawals.destroyed(site.folder, name, today, counts, runs)
     return {
@@ -111,7 +102,7 @@ def withdraw(
     }
 
 
-def check(site: Site, key: bytes, *, today: date) -> dict[str, Any]:
+def check(site: Site, key: SiteKey, *, today: date) -> dict[str, Any]:
     """The consent register in numbers, for the hospital's own eyes.
 
     Raises:
@@ -119,10 +110,10 @@ def check(site: Site, key: bytes, *, today: date) -> dict[str, Any]:
         ConfigError: site.toml has no [consent].
     """
     settings = _settings(site)
-    register = consent.load(settings, key, site_folder=site.folder, today=today)
+    register = consent.load(settings, site.names(key), site_folder=site.folder, today=today)
     decisions = {name: register.decide(name) for name in register.decisions}
     permits = [decision for decision in decisions.values() if decision.permit]
-    cached = cache.patients(site.source.folder) if site.source.kind == "cache" else []
+    cached = cache.patients(site.cache)
     age = (today - register.drawn_up).days
     warnings = [f"not understood: {where} ({count})" for where, count in sorted(register.notes.items())]
     unborn = sum(decision.by_guardian and decision.born is None for decision in permits)
@@ -168,23 +159,20 @@ def _settings(site: Site) -> consent.Settings:
     return site.consent
 
 
-def _held(site: Site, key: bytes, name: str) -> list[Held]:
+def _held(site: Site, key: SiteKey, name: str) -> list[Held]:
     """What the cache holds of a patient, image by image counted together."""
-    if site.source.kind != "cache" or name not in cache.patients(site.source.folder):
+    if name not in cache.patients(site.cache):
         return []
-    entries = cache.read_patient(site.source.folder, key, name).meta
-    groups = Counter(
-        (entry.get("study", ""), entry["group"].get("modality", ""), entry["label"], entry["split"])
-        for entry in entries
-    )
+    entries = cache.read_index(site.cache, key, name).entries
+    groups = Counter((entry.study, entry.modality, entry.label, entry.split) for entry in entries)
     return [Held(*group, images) for group, images in sorted(groups.items())]
 
 
-def _consent(site: Site, key: bytes, name: str, today: date) -> dict[str, Any]:
+def _consent(site: Site, key: SiteKey, name: str, today: date) -> dict[str, Any]:
     """The register's decision as plain values. `error`: why there is none; then nothing is permitted."""
     try:
         settings = _settings(site)
-        decision = consent.load(settings, key, site_folder=site.folder, today=today).decide(name)
+        decision = consent.load(settings, site.names(key), site_folder=site.folder, today=today).decide(name)
     except (ConfigError, ConsentError) as error:
         return {"permit": False, "reason": "no_register", "words": "there is no usable register", "error": str(error)}
     told = {"permit": decision.permit, "reason": decision.reason, "words": consent.WHY[decision.reason]}

@@ -44,14 +44,12 @@ class Intake(BaseModel):
     Attributes:
         labels: the label table, see `intake.labels`.
         project: pseudonyms of two projects cannot be linked. Another name makes other patients: ingest anew.
-        issuer: who gave out the patient ids of headers that do not say (Issuer of Patient ID), "" for nobody.
         gpl_decoders: use pylibjpeg-libjpeg (GPL) where it is installed, for 12-bit JPEG.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     labels: Path
     project: str = Field(default="fedscan", min_length=1)
-    issuer: str = ""
     gpl_decoders: bool = False
 
 
@@ -92,6 +90,15 @@ class Site(BaseModel):
     def table(self) -> Path | None:
         """The folder of the images, where the cohort is a research table; else the cohort is what the cache holds."""
         return next((it.folder for it in self.source.values() if it.kind == "table"), None)
+
+    def names(self, key: keys.SiteKey) -> bytes:
+        """The secret that makes this project's pseudonyms."""
+        return key.project((self.intake or Intake(labels=Path())).project)
+
+    @property
+    def issuer(self) -> str:
+        """Who gave out patient ids where neither a header nor a register says."""
+        return self.consent.issuer if self.consent else ""
 
     @property
     def cache(self) -> Path:

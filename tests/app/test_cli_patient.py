@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from fedscan import cli_patient
-from fedscan_client import eligible, site
+from fedscan_client import eligible, keys, site
 from fedscan_client.consent import Settings
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache
 from fedscan_client.intake.deid import patient_name
-from fedscan_client.intake.records import PatientId
-from fedscan_client.site import Site, Source
+from fedscan_client.intake.records import PatientId, Volume
+from fedscan_client.intake.sources.settings import Folder
+from fedscan_client.site import Site
 from fedscan_core.errors import ConfigError, ConsentError, FedscanError, FolderError
 
-KEY = bytes(range(32))
+KEY = keys.SiteKey(bytes(range(32)), bytes(range(32, 64)))
 NUMBER = "SECRET-0815"
-NAME = patient_name(KEY, PatientId(NUMBER))
+NAME = patient_name(KEY.project("fedscan"), PatientId(NUMBER))
 
 
 @pytest.fixture
@@ -32,13 +33,12 @@ def folder(tmp_path: Path) -> Path:
     rows = f"# as-of: {day}\npatient_id,status,date\n{NUMBER},permit,2025-01-01\nSECRET-4711,deny,2025-01-01\n"
     (tmp_path / "register.csv").write_text(rows)
     settings = Settings(kind="register", path=tmp_path / "register.csv", contact="Ask Dr. Who")
-    source = Source(kind="cache", folder=home / "cache")
-    site.save(
-        Site(name="north", patients_declared=9, source=source, policy=Policy(8, 1e-5), consent=settings, folder=home)
-    )
-    (home / "key").write_bytes(KEY)
-    meta = [{"label": "ill", "split": "", "sex": "", "age": None, "group": {"modality": "CR"}}]
-    cache.write_patient(source.folder, KEY, NAME, cache.Payload({"images": np.zeros((1, 1, 2, 2))}, meta))
+    source = {"source": Folder(kind="folder", folder=tmp_path / "pacs")}
+    here = Site(name="north", patients_declared=9, source=source, policy=Policy(8, 1e-5), consent=settings, folder=home)
+    site.save(here)
+    keys.put(home, here.key, KEY, "test")
+    entry = cache.Entry("0", "s", "ill", "", "", None, {}, "")
+    cache.write_patient(here.cache, KEY, NAME, [(entry, Volume(np.zeros((1, 2, 2), np.uint8), "CR"))])
     eligible.record(home, "run-1", "scatter", [NAME])
     return home
 

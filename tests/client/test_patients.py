@@ -2,7 +2,6 @@
 
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +10,19 @@ from fedscan_client import eligible, patients, site
 from fedscan_client.consent import Settings, withdrawals
 from fedscan_client.dp import ledger
 from fedscan_client.gate.policy import Policy
-from fedscan_client.intake import cache
+from fedscan_client.intake import cache, index, quarantine
 from fedscan_client.intake.deid import patient_name
-from fedscan_client.intake.records import PatientId
-from fedscan_client.site import Site, Source
+from fedscan_client.intake.index import Header
+from fedscan_client.intake.records import PatientId, Volume
+from fedscan_client.intake.sources import spool
+from fedscan_client.intake.sources.settings import Folder
+from fedscan_client.keys import SiteKey
+from fedscan_client.site import Site
 from fedscan_core import accounting, rdp
 from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import ConfigError, ConsentError
 
-KEY = bytes(range(32))
+KEY = SiteKey(bytes(range(32)), bytes(range(32, 64)))
 TODAY = date(2026, 1, 15)
 ANNA, BEN = PatientId("SECRET-0815"), PatientId("SECRET-4711", "NORTH")
 REGISTER = """\
@@ -33,7 +36,7 @@ SECRET-8888,,perhaps,2025-07-01,,,
 
 
 def name(patient: PatientId) -> str:
-    return patient_name(KEY, patient)
+    return patient_name(KEY.project("fedscan"), patient)
 
 
 @pytest.fixture
@@ -44,19 +47,18 @@ def here(tmp_path: Path) -> Site:
     made = Site(
         name="north",
         patients_declared=100,
-        source=Source(kind="cache", folder=folder / "cache"),
+        source={"source": Folder(kind="folder", folder=tmp_path / "pacs")},
         policy=Policy(20.0, 1e-3),
         consent=Settings(kind="register", path=tmp_path / "register.csv", contact="Ask Dr. Who"),
         folder=folder,
     )
     site.save(made)
     for patient, labels in ((ANNA, ["ill", "well", "ill"]), (BEN, ["canary-of-ben"])):
-        meta = [
-            {"label": label, "split": "train", "sex": "F", "age": 50, "group": {"modality": "CR", "manufacturer": "GE"}}
-            for label in labels
+        images = [
+            (cache.Entry(str(n), "s", label, "train", "F", 50, {}, ""), Volume(np.zeros((1, 4, 4), np.uint8), "CR"))
+            for n, label in enumerate(labels)
         ]
-        payload = cache.Payload({"images": np.zeros((len(labels), 1, 4, 4), np.float32)}, meta)
-        cache.write_patient(made.source.folder, KEY, name(patient), payload)
+        cache.write_patient(made.cache, KEY, name(patient), images)
     return made
 
 
@@ -76,8 +78,8 @@ def test_everything_held_on_a_patient_and_nothing_on_another(here):
     told = patients.show(here, KEY, ANNA, today=TODAY)
     assert told["patient"] == name(ANNA) and told["images"] == 3
     assert told["held"] == [
-        {"study": "", "modality": "CR", "label": "ill", "split": "train", "images": 2},
-        {"study": "", "modality": "CR", "label": "well", "split": "train", "images": 1},
+        {"study": "s", "modality": "CR", "label": "ill", "split": "train", "images": 2},
+        {"study": "s", "modality": "CR", "label": "well", "split": "train", "images": 1},
     ]
     consent = told["consent"]
     assert (consent["permit"], consent["given"], consent["until"]) == (True, "2025-06-01", "2026-02-01")
@@ -131,34 +133,51 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def spool(log: list[Any]) -> patients.Hook:
-    """Something else that holds two objects of everybody."""
+HELD = {
+    "key and files in the cache": 1,
+    "objects in the spool": 1,
+    "lines in the intake's index": 2,
+    "objects in quarantine": 1,
+}
 
-    def hook(here: Site, key: bytes, who: str, destroy: bool) -> tuple[str, int]:
-        log.append((here.name, key == KEY, who, destroy))
-        return "objects in the spool", 2
 
-    return hook
+def hold_more(here: Site) -> None:
+    """An object of Anna's in the spool and in quarantine, and two in the index; one of Ben's in each."""
+    known: set[str] = set()
+    for number, patient in enumerate((ANNA, BEN)):
+        spool.put(here.spool, KEY.wrapping, b"DICOM", f"1.2.{number}")
+        (locator,) = (it.locator for it in spool.found(here.spool, KEY.wrapping) if it.locator not in known)
+        known.add(locator)
+        header = Header("", name(patient), "t", f"s{number}", f"i{number}")
+        with index.opened(here.folder, KEY.wrapping) as seen:
+            seen.put(f"\n{locator}", "1", header)
+            seen.put(f"source\nfile{number}", "1", header)
+        found = quarantine.Found("kind", name(patient), f"s{number}", f"i{number}", f"\n{locator}")
+        quarantine.put(here.folder, KEY.wrapping, [found])
 
 
 def test_a_withdrawal_first_says_what_it_would_do(here):
     admit(here, "first")
+    hold_more(here)
     before = files(here.folder)
-    log: list[Any] = []
-    told = patients.withdraw(here, KEY, ANNA, today=TODAY, yes=False, hooks=[spool(log)])
-    assert files(here.folder).keys() <= before.keys() | {"eligible.sqlite-shm", "eligible.sqlite-wal"}
-    assert log == [("north", True, name(ANNA), False)]
-    assert told["destroyed"] == {"key and files in the cache": 1, "objects in the spool": 2} and not told["done"]
-    assert cache.read_patient(here.source.folder, KEY, name(ANNA))
+    told = patients.withdraw(here, KEY, ANNA, today=TODAY, yes=False)
+    after = files(here.folder).keys()
+    assert {path for path in after if not path.endswith(("-shm", "-wal"))} <= before.keys()
+    assert told["destroyed"] == HELD and not told["done"]
+    assert cache.read_index(here.cache, KEY, name(ANNA)).entries
 
 
 def test_a_withdrawal_destroys_and_holds(here):
     admit(here, "first", "second")
-    log: list[Any] = []
-    told = patients.withdraw(here, KEY, ANNA, today=TODAY, yes=True, hooks=[spool(log)])
-    assert told["done"] and log[-1][-1] is True
+    hold_more(here)
+    told = patients.withdraw(here, KEY, ANNA, today=TODAY, yes=True)
+    assert told["done"] and told["destroyed"] == HELD
+    assert len(list(spool.found(here.spool, KEY.wrapping))) == 1  # Ben's
+    assert [it.patient for it in quarantine.items(here.folder)] == [name(BEN)]
+    with index.opened(here.folder, KEY.wrapping) as seen:
+        assert seen.patients() == [name(BEN)]
     assert told["runs"] == [{"run_id": n, "model": f"net-{n}"} for n in ("first", "second")]
-    assert cache.patients(here.source.folder) == [name(BEN)]
+    assert cache.patients(here.cache) == [name(BEN)]
     assert not any(name(ANNA) in path for path in files(here.folder / "cache"))
     recorded = withdrawals.history(here.folder, name(ANNA))
     assert [row["state"] for row in recorded] == ["withdrawn", "destroyed"]
@@ -167,7 +186,7 @@ def test_a_withdrawal_destroys_and_holds(here):
     assert (shown["images"], shown["consent"]["reason"]) == (0, "withdrawn_here")  # the register still permits
     assert [row["day"] for row in shown["withdrawals"]] == ["2026-01-15"] * 2 and len(shown["runs"]) == 2
     again = patients.withdraw(here, KEY, ANNA, today=TODAY, yes=True)
-    assert again["destroyed"] == {"key and files in the cache": 0}
+    assert again["destroyed"] == dict.fromkeys(HELD, 0)
 
 
 def test_a_crash_while_destroying_leaves_a_patient_who_is_out(here, monkeypatch):
@@ -182,7 +201,7 @@ def test_a_changed_record_of_withdrawals_is_found_before_anything_is_destroyed(h
     for yes in (False, True):
         with pytest.raises(ConsentError):
             patients.withdraw(here, KEY, ANNA, today=TODAY, yes=yes)
-    assert len(cache.patients(here.source.folder)) == 2
+    assert len(cache.patients(here.cache)) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- check
@@ -190,7 +209,7 @@ def test_a_changed_record_of_withdrawals_is_found_before_anything_is_destroyed(h
 
 def test_the_register_in_numbers(here):
     withdrawals.add(here.folder, name(PatientId("SECRET-9999")), date(2025, 12, 1))
-    cache.write_patient(here.source.folder, KEY, "ab" * 16, cache.Payload({}, []))
+    cache.write_patient(here.cache, KEY, "ab" * 16, [(cache.Entry("0", "s", "ill", "", "", None, {}, ""), np.zeros(3))])
     told = patients.check(here, KEY, today=TODAY)
     assert told["patients"] == 4 and told["age_days"] == 5 and told["cached"] == 3 and told["by_guardian"] == 1
     assert told["reasons"] == {"not_understood": 1, "permit": 2, "withdrawn_here": 1}

@@ -55,7 +55,7 @@ def ingest(
         )
     today = today or date.today()
     key = keys.load(site.folder, site.key)
-    names = key.project(site.intake.project)
+    names = site.names(key)
     register = consent.load(site.consent, names, site_folder=site.folder, today=today)
     cache_keys.check_key(site.cache, key)  # with another key nobody in the cache would seem permitted
     # Withdrawals first: whatever happens later in this run, they have been honoured.
@@ -66,7 +66,7 @@ def ingest(
     tallies, accepted, skipped = Tallies(), set[str](), Counter[str]()
     with index.opened(site.folder, key.wrapping, dry=dry_run) as seen:
         found = objects.found(site, key, skipped)
-        scan(found, seen, key=names, issuer=site.intake.issuer, tell=lambda done: tell("headers", done, None))
+        scan(found, seen, key=names, issuer=site.issuer, tell=lambda done: tell("headers", done, None))
         whole = not any(skipped[reason] for reason in _UNSURE)
         if whole:
             seen.sweep()

@@ -74,12 +74,31 @@ def destroy(site: Site, patient: str) -> bool:
     return held
 
 
-def drop_spooled(site: Site, rows: Iterable[Row]) -> int:
+def drop_spooled(site: Site, rows: Iterable[Row], *, dry: bool = False) -> int:
     """Removes objects that came over the network from the spool; a folder is the hospital's own and stays."""
     own = [row.locator.split("\n", 1)[1] for row in rows if row.locator.startswith(f"{_SPOOL}\n")]
-    for locator in own:
+    for locator in own if not dry else ():
         spool.drop(site.spool, locator)
     return len(own)
+
+
+def everything_of(site: Site, key: SiteKey, patient: str, *, destroy: bool) -> dict[str, int]:
+    """What is held of a patient, and how much of it; with `destroy` it is destroyed, the patient's key first.
+
+    The hospital's own folders stay as they are.
+    """
+    counts = {"key and files in the cache": int(patient in cache.patients(site.cache))}
+    if destroy:
+        counts["key and files in the cache"] = int(cache.destroy_patient(site.cache, patient))
+    with index.opened(site.folder, key.wrapping, dry=not destroy) as seen:
+        rows = [row for _, found in seen.series(patient) for row in found]
+        counts["objects in the spool"] = drop_spooled(site, rows, dry=not destroy)
+        counts["lines in the intake's index"] = len(rows)
+        if destroy:
+            seen.forget(patient)
+    items = [it.instances for it in quarantine.items(site.folder) if it.patient == patient]
+    counts["objects in quarantine"] = quarantine.remove_patient(site.folder, patient) if destroy else sum(items)
+    return counts
 
 
 def rewrapped(site_folder: Path) -> list[Callable[[SiteKey], None]]:

@@ -16,9 +16,9 @@ def headers(site: Site, count: int, *, today: date | None = None) -> list[list[R
         ConsentError: no usable consent register.
         DataError: the source is not there.
     """
-    assert site.consent is not None and site.intake is not None
+    assert site.consent is not None
     key = keys.load(site.folder, site.key)
-    names = key.project(site.intake.project)
+    names = site.names(key)
     register = consent.load(site.consent, names, site_folder=site.folder, today=today or date.today())
     found: list[list[Row]] = []
     for item in objects.found(site, key, {}):
@@ -26,10 +26,10 @@ def headers(site: Site, count: int, *, today: date | None = None) -> list[list[R
             break
         try:
             with item.open() as stream:
-                patient = deid.identity(read.header(stream, item.size), site.intake.issuer)
+                patient = deid.identity(read.header(stream, item.size), site.issuer)
                 if register.decide(deid.patient_name(names, patient)).permit:
                     stream.seek(0)
-                    found.append(preview(read.whole(stream, item.size), names, issuer=site.intake.issuer))
+                    found.append(preview(read.whole(stream, item.size), names, issuer=site.issuer))
         except (Refused, OSError):
             continue
     return found

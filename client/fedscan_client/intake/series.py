@@ -197,8 +197,7 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
             ds = read.whole(stream, size)
     except OSError:
         raise Refused("unreadable") from None
-    assert work.site.intake is not None
-    issuer = work.site.intake.issuer
+    issuer = work.site.issuer
     if name_of(ds, work.names, issuer) != row.header:
         raise Refused("changed")
     work.read["instances"] += 1
