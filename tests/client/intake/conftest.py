@@ -82,6 +82,8 @@ def peak() -> Callable[[], int]:
     def now(field: str) -> int:
         return int(status.read_text().split(field + ":")[1].split()[0])
 
+    before = 0
+
     def rise() -> int:
         nonlocal before
         found = now("VmHWM") - before
@@ -89,7 +91,6 @@ def peak() -> Callable[[], int]:
         before = now("VmRSS")
         return found
 
-    before = 0
     rise()
     return rise
 

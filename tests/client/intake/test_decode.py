@@ -3,6 +3,7 @@
 import struct
 import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -102,7 +104,8 @@ def test_segmented_palettes_unfold_to_what_they_may_and_not_more(cr_instance):
     values = decode.frames(palette(cr_instance(**grey), descriptor=[24, 0, 16], segments=ramp))
     assert values.dtype == np.uint16 and np.array_equal(values[0, ..., 0].ravel(), np.arange(24) * 10)
     bomb = struct.pack("<3H", 0, 1, 0) + struct.pack("<3H", 1, 65535, 7) * 10_000
-    assert refusal(palette(cr_instance(**grey), descriptor=[24, 0, 16], segments=bomb)) == "colour"
+    with pytest.raises(Refused):  # before pydicom unfolds it
+        decode._check_palette(palette(cr_instance(**grey), descriptor=[24, 0, 16], segments=bomb))
     reference = struct.pack("<3H", 0, 1, 0) + struct.pack("<4H", 2, 1, 0, 0)
     assert refusal(palette(cr_instance(**grey), descriptor=[24, 0, 16], segments=reference)) == "colour"
 
@@ -140,6 +143,7 @@ def test_real_numbers_come_as_they_are(cr_instance):
         ({"Rows": None}, "bad_header"),
         ({"Rows": 65535, "Columns": 65535}, "too_large"),
         ({"Rows": 8192, "Columns": 8192}, "pixels_undecodable"),
+        ({"Rows": 8193, "Columns": 8192, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "too_large"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -249,8 +253,28 @@ def test_too_few_frames_are_refused_and_further_ones_left_behind(cr_instance):
     values = np.arange(48, dtype="u1").reshape(2, 4, 6)
     data = [plain_rle(frame) for frame in values]
     assert refusal(coded(cr_instance, values, data, uid.RLELossless, NumberOfFrames=3)) == "pixels_undecodable"
-    one = coded(cr_instance, values, data, uid.RLELossless, NumberOfFrames=1)
-    assert np.array_equal(decode.frames(one), values[:1])
+    for count in (1, 2):
+        fewer = coded(cr_instance, values, [*data, data[0]], uid.RLELossless, NumberOfFrames=count)
+        assert np.array_equal(decode.frames(fewer), values[:count])
+    swollen = coded(cr_instance, values, [frame + b"\0" * 70_000 for frame in data], uid.RLELossless)
+    assert refusal(swollen) == "pixels_undecodable"
+
+
+def test_what_the_stream_says_of_its_colour_goes_first(cr_instance):
+    """JFIF is YCbCr and Adobe's transform 0 is RGB, whatever the header says."""
+    picture = Image.new("RGB", (16, 16), (200, 40, 90))
+    for keep_rgb, lie in ((False, "RGB"), (True, "YBR_FULL_422")):
+        buffer = BytesIO()
+        picture.save(buffer, "jpeg", quality=98, keep_rgb=keep_rgb)
+        values = np.asarray(picture)[None]
+        ds = coded(cr_instance, values, [buffer.getvalue()], uid.JPEGBaseline8Bit, PhotometricInterpretation=lie)
+        assert np.abs(decode.frames(ds).astype(int) - values).max() <= 3
+
+
+def test_pixel_data_of_another_kind(cr_instance):
+    ds = cr_instance()
+    ds.add_new("PixelData", "US", [1, 2, 3])
+    assert refusal(ds) == "bad_header"
 
 
 def test_offsets_that_lead_nowhere(cr_instance):
@@ -259,7 +283,8 @@ def test_offsets_that_lead_nowhere(cr_instance):
     ds.ExtendedOffsetTable = struct.pack("<2Q", 0, 2**60)
     ds.ExtendedOffsetTableLengths = struct.pack("<2Q", 88, 2**60)
     assert refusal(ds) == "pixels_undecodable"
-    ds.ExtendedOffsetTableLengths = struct.pack("<2Q", 88, 88)
+    ds.ExtendedOffsetTable = struct.pack("<2Q", 0, 0)  # every frame is all there is: a bomb of many frames
+    ds.ExtendedOffsetTableLengths = struct.pack("<2Q", *[len(ds.PixelData) - 16] * 2)
     assert refusal(ds) == "pixels_undecodable"
 
 

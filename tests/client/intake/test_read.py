@@ -76,11 +76,15 @@ def test_deflated_files_are_inflated(data, cr_instance, save, tmp_path, outcomes
     assert outcomes(packed[:-30]) and outcomes(packed[:500])
 
 
-def test_a_deflate_bomb_is_refused_half_way(monkeypatch, outcomes):
+def test_a_deflate_bomb_is_refused_half_way(monkeypatch, outcomes, peak):
     monkeypatch.setattr(read, "INFLATED_BYTES", 2**22)
     pack = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = b"".join(pack.compress(b"\0" * 2**20) for _ in range(64)) + pack.flush()
     assert outcomes(meta(DEFLATED) + bomb) == ["too_large", "too_large"]
+    peak()
+    with pytest.raises(Refused):
+        read.whole(io.BytesIO(meta(DEFLATED) + bomb), 10**6)
+    assert peak() < 30_000  # kB
 
 
 @pytest.mark.slow
@@ -110,12 +114,13 @@ def test_a_length_of_four_gigabytes_reads_what_is_there(outcomes):
     [
         (struct.pack("<HHL", 0x11, 1, 0) * read._READS, {"too_large"}),
         (sequence(0xFFFFFFFF) + ITEM * read._READS, {"too_large"}),
+        (sequence(0xFFFFFFFF) + ITEM * (read._READS // 3) + b"\xfe\xff\xdd\xe0\0\0\0\0", {"too_large"}),
         (sequence(len(ITEM) * 2**18) + ITEM * 2**18, {"too_large"}),
         (sequence(len(ITEM) * 5000) + ITEM * 5000, {"read"}),
         ((sequence(0xFFFFFFFF) + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 300, {"not_dicom", "read"}),
         ((sequence(0xFFFFFFFF) + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 100_000, {"not_dicom"}),
     ],
-    ids=["elements", "items", "items of stated length", "5,000 items", "300 deep", "100,000 deep"],
+    ids=["elements", "items", "fewer items", "items of stated length", "5,000 items", "300 deep", "100,000 deep"],
 )
 @pytest.mark.parametrize("reads", [2**14, pytest.param(read._READS, marks=pytest.mark.slow)], ids=["few", "all"])
 def test_headers_without_end(body, expected, reads, monkeypatch, outcomes):
@@ -129,6 +134,16 @@ def test_limits_on_bytes(monkeypatch, data, outcomes):
     long = data[:-60] + struct.pack("<HH2sHL", 0x7FDF, 0x1001, b"OB", 0, 2000) + b"\0" * 2000
     assert outcomes(data) == ["read", "read"]
     assert outcomes(long) == ["too_large", "too_large"]
+    taken = []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1):
+            taken.append(size)
+            return super().read(size)
+
+    with pytest.raises(Refused):
+        read.header(Counted(long), len(long))
+    assert sum(taken) < 1400  # the sniffed file meta and the limit, not the element
     monkeypatch.setattr(read, "MAX_BYTES", len(data) - 1)
     with pytest.raises(Refused, match="more pixels or bytes"):
         read.whole(io.BytesIO(data), len(data))

@@ -152,6 +152,9 @@ def test_padding_stretches_nothing(ct):
     assert volume.values[0].tolist() == [[30, 10, 20], [30, 30, 30]]  # shown black
     ((volume, _),) = assemble([ct(np.full((2, 3), -2000, np.int16), PixelPaddingValue=-2000)])
     assert (volume.values == 0).all()
+    nothing = ct(np.full((2, 3), -2000, np.int16), PixelPaddingValue=-2000)
+    ((volume, _),) = assemble([nothing, ct(stored + 2010, 1.0)])
+    assert (volume.values[0] == 10).all()
 
 
 def test_windows_that_cannot_be_applied_are_none(ct):
