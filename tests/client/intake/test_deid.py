@@ -16,6 +16,7 @@ from fedscan_client.intake import deid, kinds
 from fedscan_client.intake.deid import deidentify, identity, patient_name, pseudonym, pseudonymous_uid
 from fedscan_client.intake.profile_values import CODES
 from fedscan_client.intake.records import PatientId, Rectangle, Refused
+from fedscan_core.errors import DataError
 
 KEY = bytes(range(32))
 STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -153,9 +154,9 @@ def test_released(cr_instance):
 
 
 def test_blackout(cr_instance):
-    box = [Rectangle(0, 0, 2, 3), Rectangle(3, 5, 99, 99), Rectangle(-9, -9, -1, -1)]
+    box = [Rectangle(0, 0, 2, 3), Rectangle(3, 5, 4, 6)]
     before = np.arange(24).reshape(4, 6) * 177 + 5
-    for photometric, black in (("MONOCHROME2", before.min()), ("MONOCHROME1", before.max())):
+    for photometric, black in (("MONOCHROME2", 0), ("MONOCHROME1", 4095)):
         ds = cr_instance(PhotometricInterpretation=photometric, PixelData=before.astype("<u2").tobytes())
         out = deidentify(ds, KEY, blackout=box)
         expected = before.copy()
@@ -163,6 +164,8 @@ def test_blackout(cr_instance):
         assert np.array_equal(out.pixel_array, expected)
         assert "113101" in methods(out)
         assert np.array_equal(ds.pixel_array, before)  # the original is not touched
+    with pytest.raises(DataError, match="not inside"):
+        deidentify(ds, KEY, blackout=[Rectangle(3, 5, 99, 99)])
 
 
 def test_blackout_of_pixels_that_a_decoder_keeps_for_itself(cr_instance, monkeypatch):
@@ -170,7 +173,7 @@ def test_blackout_of_pixels_that_a_decoder_keeps_for_itself(cr_instance, monkeyp
     pixels.setflags(write=False)
     monkeypatch.setattr(deid, "frames", lambda ds: pixels)
     out = deidentify(cr_instance(PhotometricInterpretation="MONOCHROME1"), KEY, blackout=[Rectangle(0, 0, 1, 1)])
-    assert (out.pixel_array == 7).all()
+    assert out.pixel_array[0, 0] == 4095 and (out.pixel_array.ravel()[1:] == 7).all()
 
 
 COLOUR = {"SamplesPerPixel": 3, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}

@@ -7,10 +7,10 @@ from PIL import Image
 
 from fedscan_client.intake.pictures import load_image
 from fedscan_client.intake.records import Refused
-from fedscan_client.intake.sources import dicom_files, read_instance, read_table, row_path
+from fedscan_client.intake.sources.table import dicom_files, read_instance, read_table, row_path
 from fedscan_core.errors import DataError
 
-SHARED = Path(__file__).parents[3] / "../shared/data"
+SHARED = Path(__file__).parents[4] / "../shared/data"
 
 
 @pytest.fixture
