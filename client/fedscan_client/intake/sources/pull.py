@@ -204,7 +204,7 @@ def quiet() -> None:
 
     _config.LOG_HANDLER_LEVEL = "none"
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    for name in ("pynetdicom", "pydicom", "dicomweb_client", "urllib3", "requests"):
+    for name in ("pynetdicom", "pydicom", "dicomweb_client", "retrying", "urllib3", "requests"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module=r"(pydicom|pynetdicom|dicomweb_client)(\.|$)")
 

@@ -284,6 +284,8 @@ def _damaged() -> DataError:
 class _Opened(io.RawIOBase):
     """The plain bytes of one file, one decrypted block in memory at a time."""
 
+    name = "an object of the spool"  # pydicom asks every buffered file for one
+
     def __init__(self, path: Path, key: bytes) -> None:
         super().__init__()
         try:

@@ -226,7 +226,19 @@ def test_two_members_of_one_name_are_one(tmp_path):
 
 @pytest.mark.parametrize(
     "locator",
-    ["../secret", "a/../../secret", "/etc/hosts", "%2e%2e/secret", "link/secret", "linked", "", ".", "a\0b", "pipe", "a!m"],
+    [
+        "../secret",
+        "a/../../secret",
+        "/etc/hosts",
+        "%2e%2e/secret",
+        "link/secret",
+        "linked",
+        "",
+        ".",
+        "a\0b",
+        "pipe",
+        "a!m",
+    ],
 )
 def test_no_locator_leads_out(tmp_path, locator):
     write(tmp_path / "secret")
@@ -255,7 +267,9 @@ NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size
 BYTES = st.binary(min_size=1, max_size=8).filter(lambda b: b"/" not in b and b"\0" not in b).map(os.fsdecode)
 
 
-@given(st.lists(NAMES | BYTES | st.sampled_from(["a!b", "a%21b", "%", "!", "a", "b"]), min_size=1, max_size=4, unique=True))
+@given(
+    st.lists(NAMES | BYTES | st.sampled_from(["a!b", "a%21b", "%", "!", "a", "b"]), min_size=1, max_size=4, unique=True)
+)
 def test_every_name_has_one_locator_which_is_text(tmp_path_factory, names):
     root = tmp_path_factory.mktemp("names")
     names = [name for name in names if name not in (".", "..") and not name.lower().endswith(folder.UNFINISHED)]

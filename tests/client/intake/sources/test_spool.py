@@ -129,7 +129,7 @@ def test_every_change_is_noticed(tmp_path):
 
 
 def test_a_file_under_another_name_is_noticed(tmp_path):
-    locator, path, sealed = three_blocks(tmp_path)
+    locator, _, sealed = three_blocks(tmp_path)
     spool.put(tmp_path, KEY, b"another", UID + ".1")
     (other,) = (found.locator for found in spool.found(tmp_path, KEY) if found.locator != locator)
     (tmp_path / other).write_bytes(sealed)
@@ -145,7 +145,7 @@ def test_the_same_instance_twice_is_one_file_and_the_first_one_stays(tmp_path):
     assert spool.put(tmp_path, KEY, [dicom(b"pix"), b"els"], UID) == "same"
     assert spool.put(tmp_path, KEY, dicom(b"others"), UID) == "conflict"
     assert spool.put(tmp_path, KEY, b"pixels", UID) in ("same", "conflict")  # no DICOM file at all
-    assert only(tmp_path) .stamp == before.stamp and read(tmp_path, before.locator) == dicom(b"pixels")
+    assert only(tmp_path).stamp == before.stamp and read(tmp_path, before.locator) == dicom(b"pixels")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
     (tmp_path / before.locator).write_bytes(b"damaged")
     assert spool.put(tmp_path, KEY, dicom(b"pixels"), UID) == "stored"
@@ -200,7 +200,9 @@ def test_leftovers_go_and_what_is_being_written_stays(tmp_path):
     assert sorted(found.size for found in spool.found(tmp_path, KEY)) == [1, 6]
 
 
-@pytest.mark.parametrize("locator", ["", "../key", "ab/../../key", "/etc/hosts", "ab/ab.enc", "ab/" + "cd" * 20 + ".enc"])
+@pytest.mark.parametrize(
+    "locator", ["", "../key", "ab/../../key", "/etc/hosts", "ab/ab.enc", "ab/" + "cd" * 20 + ".enc"]
+)
 def test_a_locator_names_nothing_outside(tmp_path, locator):
     with pytest.raises(DataError):
         spool.open_locator(tmp_path, KEY, locator)
