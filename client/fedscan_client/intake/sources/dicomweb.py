@@ -143,7 +143,8 @@ def _paged(ask: Callable[..., list[dict[str, Any]]], unique: str, page: int, ret
     """All results, page by page until a page brings nothing new: a server may give less than asked for at once.
 
     If the last page that did was full, a larger one is asked for from the start. That finds the rest where a server
-    ignores the offset, or applies it after the limit, as Orthanc 1.10 does to filters that it has no index for.
+    ignores the offset, or applies it after the limit, as Orthanc 1.10 does to filters that it has no index for. What
+    cannot be told from a complete answer is a server that ignores the offset and gives fewer than a page of its own.
 
     Raises:
         ArchiveError: the server gives the same full page whatever is asked: the rest cannot be listed.
@@ -187,7 +188,7 @@ def _asked(ask: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         ) from None
     except (ValueError, AttributeError):
         rows = [None]  # type: ignore[list-item]
-    if not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ArchiveError("The PACS answers a query with something else than DICOM JSON.", remedy="Check the url.")
     return rows
 
@@ -262,15 +263,13 @@ def _first_part(parts: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
         raise _NotDicom
     stream = iter(parts)
     waiting = b"\r\n"  # so that the first boundary looks like every other
-    opening, ending = b"\r\n--" + boundary, b"\r\n\r\n"
-    for mark in (opening, ending):
+    opening = b"\r\n--" + boundary
+    for mark in (opening, b"\r\n\r\n"):  # the headers end with an empty line, which is the first one if there are none
         while mark not in waiting:
             if len(waiting) > _PART * 2:
                 raise _NotDicom
             waiting += next(stream, b"") or _cut()
         waiting = waiting.split(mark, 1)[1]
-        if mark == opening:
-            waiting = b"\r\n" + waiting.lstrip(b" \t").removeprefix(b"\r\n")  # a part may have no headers
     while opening not in waiting:
         keep = len(opening) - 1
         yield waiting[:-keep]
