@@ -144,15 +144,16 @@ def _archive(line: _Line, retry: Retry) -> Archive:
         rows = find(
             "SERIES", StudyInstanceUID=study, SeriesInstanceUID="", Modality="", BodyPartExamined="", **wanted.series
         )
-        return [
-            (_text(row, "SeriesInstanceUID"), _text(row, "Modality"))
+        found = {
+            _text(row, "SeriesInstanceUID"): _text(row, "Modality")
             for row in rows
             if _one_of(row, "Modality", wanted.modality) and _one_of(row, "BodyPartExamined", wanted.body_part)
-        ]
+        }
+        return list(found.items())  # once, though a UID that two patients share is listed twice
 
     def instances(study: str, series: str) -> Sequence[Instance]:
         rows = find("IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID="", SOPClassUID="")
-        return [Instance(_text(row, "SOPInstanceUID"), _text(row, "SOPClassUID")) for row in rows]
+        return list(dict.fromkeys(Instance(_text(row, "SOPInstanceUID"), _text(row, "SOPClassUID")) for row in rows))
 
     def fetch(
         study: str, series: str, missing: Sequence[Instance], whole: bool, attempt: int, tick: Callable[[], None]

@@ -92,6 +92,7 @@ class Report:
     Attributes:
         studies: that were walked through, at least in part.
         series: of them.
+        unlisted: studies and series that the PACS lists without a usable UID: what is in them cannot be asked for.
         found: instances that the PACS listed.
         retrieved: that are in the spool now and were not before.
         already_known: read or spooled before, or listed a second time.
@@ -104,6 +105,7 @@ class Report:
 
     studies: int
     series: int
+    unlisted: int
     found: int
     retrieved: int
     already_known: int
@@ -153,14 +155,16 @@ def pull(
             if retry.stop.is_set():
                 break
             if not usable(study):
-                counts["studies"] += 1
-                problem = problem or "The PACS lists studies without a usable UID, which cannot be asked for."
+                counts["unlisted"] += 1
                 continue
             series_of = retry(partial(archive.series, study))
             counts["studies"] += 1
             for series, modality in series_of:
                 if retry.stop.is_set():
                     break
+                if not usable(series):
+                    counts["unlisted"] += 1
+                    continue
                 counts["series"] += 1
                 listed = retry(partial(archive.instances, study, series))
                 counts["found"] += len(listed)
@@ -184,12 +188,12 @@ def pull(
                 if lost and (over or in_a_row >= _GIVE_UP_AFTER):
                     raise lost
     except ArchiveError as error:
-        if not counts["studies"]:
+        if not counts["studies"] and not counts["unlisted"]:
             raise
         problem = str(error)
     if retry.stop.is_set():
         problem = problem or "It was stopped."
-    names = ("studies", "series", "found", "retrieved", "already_known", "failed", "left")
+    names = ("studies", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
     return Report(**{name: counts[name] for name in names}, modalities=modalities, new=new_of, problem=problem)
 
 

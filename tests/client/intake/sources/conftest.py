@@ -182,6 +182,14 @@ def start_orthanc(folder: Path, network: int | None) -> Iterator[Orthanc]:
         orthanc.kill()
 
 
+@pytest.fixture
+def another_orthanc(tmp_path_factory: pytest.TempPathFactory, network: int | None) -> Iterator[Orthanc]:
+    """An empty one, in the test's network."""
+    for orthanc in start_orthanc(tmp_path_factory.mktemp("another"), network):
+        with inside(network):
+            yield orthanc
+
+
 @pytest.fixture(scope="session")
 def _orthanc(
     tmp_path_factory: pytest.TempPathFactory, network: int | None, collection: Path

@@ -1,4 +1,4 @@
-"""Servers that are worse than Orthanc: each fault is either got over or said, and nothing is taken for complete that is not."""
+"""Servers that are worse than Orthanc: each fault is got over or said, and never taken for a complete answer."""
 
 import contextlib
 import json
@@ -39,7 +39,10 @@ class Server:
         self.headers = []
         self.trouble = {}  # last part of the path -> list of what to do the next times
         self.page = lambda rows, limit, offset: rows[offset : offset + limit]
-        self.answer = lambda uid: (multipart(dicom(uid)), 'multipart/related; type="application/dicom"; boundary=b0undary')
+        self.answer = lambda uid: (
+            multipart(dicom(uid)),
+            'multipart/related; type="application/dicom"; boundary=b0undary',
+        )
 
     def rows(self, path):
         tag, values = {
@@ -270,7 +273,9 @@ def test_who_we_say_we_are(tmp_path, monkeypatch):
     with serving(server) as url:
         retrieve(url, tmp_path, token_env="PACS_TOKEN")
         assert {headers["Authorization"] for headers in server.headers} == {"Bearer s3cret-token"}
-        accepted = [headers["Accept"] for name, headers in zip(server.asked, server.headers, strict=True) if "." in name]
+        accepted = [
+            headers["Accept"] for name, headers in zip(server.asked, server.headers, strict=True) if "." in name
+        ]
         assert accepted == ['multipart/related; type="application/dicom"; transfer-syntax=*']
         server.headers.clear()
         retrieve(url, tmp_path, username="me", password_file="password")

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 from pydicom import dcmread
@@ -200,3 +201,33 @@ def test_a_pacs_that_lets_us_ask_but_not_retrieve(pacs, source, tmp_path):
     assert report.retrieved == 0 and report.found > 0 and report.problem
     assert report.found == report.failed + report.left
     json.dumps(report.modalities)
+
+
+SAMPLES = Path(__file__).parents[4] / "../shared/data/dicom"
+
+
+@pytest.mark.slow
+def test_a_large_collection_of_real_and_odd_files(another_orthanc, source, tmp_path):
+    """All that Orthanc takes of some 600 files: by every way the same instances, though it is killed twice."""
+    if not SAMPLES.exists():
+        pytest.skip("the sample data dicom is not on this machine")
+    stored = another_orthanc.load(SAMPLES)
+    assert stored > 250
+    files = {}
+    for kind in WAYS:
+        for kill_at in (60, 140, None):
+            if another_orthanc.process is None:
+                another_orthanc.start()
+
+            def progress(done, found, kill_at=kill_at):
+                if kill_at and done >= kill_at and another_orthanc.process:
+                    another_orthanc.kill()
+
+            report = retrieve(source(kind, another_orthanc, attempts=2), tmp_path / kind, progress=progress)
+            assert bool(report.problem) == bool(kill_at)
+            assert report.found == report.retrieved + report.already_known + report.failed + report.left
+        print(kind, stored, report)
+        files[kind] = {found.locator: found.open().read() for found in spool.found(tmp_path / kind, KEY)}
+        assert len(files[kind]) == report.retrieved + report.already_known
+    assert len(files["dicomweb"]) == stored
+    assert files["dimse-move"].keys() == files["dimse-get"].keys()

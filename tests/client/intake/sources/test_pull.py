@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,10 +78,22 @@ def test_the_account_adds_up(tmp_path_factory, series, deeds, before, read):
         assert report.failed == sum(not uid.startswith("1.") for uids in series for uid in uids)
     # The next pull brings the rest, and asks for nothing a second time.
     rest = pull(
-        make_archive(series, [], folder, asked), Spool(folder, KEY), retry, known=read.__contains__, progress=lambda *_: None
+        make_archive(series, [], folder, asked),
+        Spool(folder, KEY),
+        retry,
+        known=read.__contains__,
+        progress=lambda *_: None,
     )
     assert not rest.problem and all(times == 1 for times in asked.values())
     assert set(asked) == {uid for uids in series for uid in uids if uid.startswith("1.")} - there - read
+
+
+def test_studies_and_series_without_a_uid_are_counted(tmp_path):
+    archive = make_archive([["1.1"]], [], tmp_path, Counter())
+    archive = replace(archive, studies=lambda: ["", "0", "a b"], series=lambda study: [("", "CT"), ("0.1", "CT")])
+    retry = Retry(2, 0.0, threading.Event())
+    report = pull(archive, Spool(tmp_path, KEY), retry, known=lambda uid: False, progress=lambda *_: None)
+    assert (report.unlisted, report.studies, report.series, report.retrieved) == (3, 1, 1, 1)
 
 
 def test_a_pacs_that_is_gone_is_not_asked_series_by_series(tmp_path):
@@ -93,7 +106,11 @@ def test_a_pacs_that_is_gone_is_not_asked_series_by_series(tmp_path):
 
     archive = Archive(archive.studies, archive.series, archive.instances, dead)
     report = pull(
-        archive, Spool(tmp_path, KEY), Retry(4, 0.0, threading.Event()), known=lambda uid: False, progress=lambda *_: None
+        archive,
+        Spool(tmp_path, KEY),
+        Retry(4, 0.0, threading.Event()),
+        known=lambda uid: False,
+        progress=lambda *_: None,
     )
     assert asked["tries"] == 3 * 4 and report.failed == 9 and "gone" in report.problem
 
