@@ -112,10 +112,10 @@ def _listen(arguments: argparse.Namespace) -> int:
                     print(f"{name}: {_words(each.counts)}", file=sys.stderr, flush=True)
             before = now
     counts = {name: {what: each.counts[what] for what in scp.COUNTED} for name, each in received.items()}
-    for name, each in counts.items():
-        _note(arguments.site, {"did": "listen", "source": name, **each})
+    for name, numbers in counts.items():
+        _note(arguments.site, {"did": "listen", "source": name, **numbers})
         if not arguments.json:
-            print(f"{name}: {_words(each)}")
+            print(f"{name}: {_words(numbers)}")
     if arguments.json:
         print(json.dumps(counts, indent=2))
     return 0

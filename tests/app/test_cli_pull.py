@@ -53,7 +53,7 @@ def run(*arguments):
 @pytest.fixture
 def pacs(monkeypatch):
     """A PACS of two studies in place of the DICOMweb one; gives the UIDs that it refuses."""
-    refused = set()
+    refused = set[str]()
 
     def make(settings, session, where, retry):
         def fetch(study, series, missing, whole, attempt, tick):

@@ -139,13 +139,15 @@ def listening(
 
 
 @functools.cache
-def _contexts() -> list["_Context"]:
+def _contexts() -> list[PresentationContext]:
     """Every storage SOP class in every transfer syntax, and C-ECHO."""
-    contexts = [_Context()]
-    contexts[0].abstract_syntax, contexts[0].transfer_syntax = UID(_VERIFICATION), DEFAULT_TRANSFER_SYNTAXES
-    for storage in AllStoragePresentationContexts:
+    contexts: list[PresentationContext] = []
+    storage: list[tuple[Any, Any]] = [
+        (context.abstract_syntax, AllTransferSyntaxes) for context in AllStoragePresentationContexts
+    ]
+    for abstract, transfer in [(UID(_VERIFICATION), DEFAULT_TRANSFER_SYNTAXES), *storage]:
         context = _Context()
-        context.abstract_syntax, context.transfer_syntax = storage.abstract_syntax, AllTransferSyntaxes
+        context.abstract_syntax, context.transfer_syntax = abstract, list(transfer)
         contexts.append(context)
     return contexts
 

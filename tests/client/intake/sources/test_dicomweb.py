@@ -5,6 +5,7 @@ import json
 import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -90,7 +91,7 @@ def serving(server, tls=None):
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.handle_error = lambda *arguments: None
+    httpd.handle_error = lambda *arguments: None  # type: ignore[method-assign]
     if tls:
         httpd.socket = tls.wrap_socket(httpd.socket, server_side=True)
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -105,8 +106,8 @@ def serving(server, tls=None):
 
 def retrieve(url, folder, **changes):
     section = {"kind": "dicomweb", "url": url, "retry_seconds": 0, "page_size": 3, "timeout_seconds": 5, **changes}
-    source = parse(section, folder)["source"]
-    how = {"known": lambda uid: False, "progress": lambda done, found: None, "stop": threading.Event()}
+    source: Any = parse(section, folder)["source"]
+    how: dict[str, Any] = {"known": lambda uid: False, "progress": lambda done, found: None, "stop": threading.Event()}
     return dicomweb.retrieve(source, Spool(folder / "spool", KEY), **how)
 
 

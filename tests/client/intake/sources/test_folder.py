@@ -25,7 +25,7 @@ def write(path, data=b"x", when=OLD):
 
 
 def scan(root, settle=0.0):
-    skipped = Counter()
+    skipped = Counter[str]()
     found = list(folder.found(root, settle_seconds=settle, skipped=skipped))
     return {each.locator: each for each in found}, dict(skipped)
 

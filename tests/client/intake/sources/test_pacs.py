@@ -147,9 +147,12 @@ def test_a_pacs_that_stays_away_and_the_run_after(pacs, source, instances, tmp_p
 @pytest.mark.parametrize("kind", SOME_SLOWLY)
 def test_stopped_and_gone_on(pacs, source, instances, tmp_path, kind):
     stop = threading.Event()
-    report = retrieve(
-        source(kind, pacs), tmp_path / "spool", progress=lambda done, _: done > 9 and stop.set(), stop=stop
-    )
+
+    def progress(done, found):
+        if done > 9:
+            stop.set()
+
+    report = retrieve(source(kind, pacs), tmp_path / "spool", progress=progress, stop=stop)
     assert report.problem == "It was stopped." and 0 < report.retrieved < ALL and not report.failed
     rest = retrieve(source(kind, pacs), tmp_path / "spool")
     assert rest.retrieved == ALL - report.retrieved and rest.already_known == report.retrieved
@@ -226,7 +229,7 @@ def test_a_large_collection_of_real_and_odd_files(another_orthanc, source, tmp_p
             report = retrieve(source(kind, another_orthanc, attempts=2), tmp_path / kind, progress=progress)
             assert bool(report.problem) == bool(kill_at)
             assert report.found == report.retrieved + report.already_known + report.failed + report.left
-        print(kind, stored, report)
+        print(kind, stored, report, len(list(spool.found(tmp_path / kind, KEY))))
         files[kind] = {found.locator: found.open().read() for found in spool.found(tmp_path / kind, KEY)}
         assert len(files[kind]) == report.retrieved + report.already_known
     assert len(files["dicomweb"]) == stored

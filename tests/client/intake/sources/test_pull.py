@@ -56,7 +56,7 @@ def test_the_account_adds_up(tmp_path_factory, series, deeds, before, read):
     there = {uid for uid in before if uid.startswith("1.")}
     for uid in there:
         spool.put(folder, KEY, b"x", uid)
-    asked, told = Counter(), []
+    asked, told = Counter[str](), list[tuple[int, int]]()
     archive = make_archive(series, deeds, folder, asked)
     retry = Retry(3, 0.0, threading.Event())
     try:
@@ -97,7 +97,7 @@ def test_studies_and_series_without_a_uid_are_counted(tmp_path):
 
 
 def test_a_pacs_that_is_gone_is_not_asked_series_by_series(tmp_path):
-    asked = Counter()
+    asked = Counter[str]()
     archive = make_archive([[f"{n}.{i}" for i in range(3)] for n in range(1, 90)], [], tmp_path, asked)
 
     def dead(study, name, missing, whole, attempt, tick):
@@ -117,7 +117,12 @@ def test_a_pacs_that_is_gone_is_not_asked_series_by_series(tmp_path):
 
 def test_pauses_double_and_end_with_stop(monkeypatch):
     stop, waited = threading.Event(), []
-    monkeypatch.setattr(stop, "wait", lambda seconds: waited.append(seconds) or len(waited) == 9)
+
+    def wait(seconds):
+        waited.append(seconds)
+        return len(waited) == 9
+
+    monkeypatch.setattr(stop, "wait", wait)
     retry = Retry(20, 1.0, stop)
 
     def fail():

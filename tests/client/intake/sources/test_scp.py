@@ -9,12 +9,12 @@ import socket
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 from pydicom import dcmread
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from pynetdicom import AE, evt
-from pynetdicom.sop_class import Verification
 
 from fedscan_client.intake.sources import scp, spool
 from fedscan_client.intake.sources.settings import parse
@@ -22,6 +22,10 @@ from fedscan_client.intake.sources.spool import Spool
 from fedscan_core.errors import ConfigError
 
 KEY = b"k" * 32
+
+
+def one(section, folder) -> Any:
+    return parse(section, folder)["source"]
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def listening(tmp_path, network):
                 **changes,
             }
             received = scp.Received()
-            settings = parse(section, tmp_path)["source"]
+            settings = one(section, tmp_path)
             port = stack.enter_context(scp.listening(settings, Spool(tmp_path / "spool", KEY), received))
             return port, received.counts
 
@@ -52,7 +56,7 @@ def listening(tmp_path, network):
 def associated(port, *, ours="PACS", theirs="FEDSCAN", source="127.0.0.1", tls=None, syntax=ExplicitVRLittleEndian):
     ae = AE(ours)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 5
-    ae.add_requested_context(Verification)
+    ae.add_requested_context("1.2.840.10008.1.1")  # C-ECHO
     for storage in ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.2"):
         ae.add_requested_context(storage, syntax)
     association = ae.associate("127.0.0.1", port, ae_title=theirs, bind_address=(source, 0), tls_args=tls)
@@ -109,7 +113,7 @@ def test_what_is_stored_is_what_pynetdicom_would_write(collection, tmp_path):
 
     server = AE("FEDSCAN")
     server.add_supported_context("1.2.840.10008.5.1.4.1.1.2", RLELossless)
-    running = server.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    running: Any = server.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
     with associated(running.server_address[1], syntax=RLELossless) as association:
         assert association.send_c_store(dcmread(collection / "ct2-0.dcm")).Status == 0
     running.shutdown()
@@ -156,7 +160,7 @@ def test_tls_with_certificates_on_both_sides(listening, collection, certificates
         pems = {"ca_file": certificates("ca"), "certificate": certificates(name), "key": certificates(f"{name}.key")}
         section = {"kind": "dimse-store", "listen_address": "x", "listen_port": 1, "tls": pems}
         allow = [{"ae_title": "A", "address": "127.0.0.1"}]
-        return scp.client_context(parse({**section, "allow": allow}, tmp_path)["source"].tls)
+        return scp.client_context(one({**section, "allow": allow}, tmp_path).tls)
 
     ds = dcmread(collection / "ct1-0.dcm")
     with associated(port, tls=(context("client"), "127.0.0.1")) as association:
@@ -247,8 +251,8 @@ def test_serve_counts_until_it_is_stopped_and_leaves_no_thread(collection, tmp_p
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     section = {"kind": "dimse-store", "listen_address": "127.0.0.1", "listen_port": port}
-    settings = parse({**section, "allow": [{"ae_title": "PACS", "address": "127.0.0.1"}]}, tmp_path)["source"]
-    stop, told = threading.Event(), []
+    settings = one({**section, "allow": [{"ae_title": "PACS", "address": "127.0.0.1"}]}, tmp_path)
+    stop, told = threading.Event(), list[Counter[str]]()
     arguments = (settings, Spool(tmp_path / "spool", KEY))
     thread = threading.Thread(target=scp.serve, args=arguments, kwargs={"stop": stop, "watch": told.append})
     thread.start()

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import tomli_w
 
@@ -22,7 +24,7 @@ def test_one_source_or_several_by_name(tmp_path):
     assert list(settings.load(tmp_path)) == ["source"]
     tree["source"] = {"web": WEB, "routed": STORE, "ask": MOVE, "get": GET, "old": {"kind": "folder", "folder": "in"}}
     (tmp_path / "site.toml").write_text(tomli_w.dumps(tree))
-    sources = settings.load(tmp_path)
+    sources: Any = settings.load(tmp_path)
     assert {name: source.kind for name, source in sources.items()} == {
         "web": "dicomweb",
         "routed": "dimse-store",
@@ -35,7 +37,7 @@ def test_one_source_or_several_by_name(tmp_path):
 
 
 def test_paths_start_at_the_sites_folder(tmp_path):
-    web = parse({**WEB, "ca_file": "pems/ca.pem", "token_file": "/run/secrets/token"}, tmp_path)["source"]
+    web: Any = parse({**WEB, "ca_file": "pems/ca.pem", "token_file": "/run/secrets/token"}, tmp_path)["source"]
     assert web.ca_file == tmp_path / "pems/ca.pem" and str(web.token_file) == "/run/secrets/token"
 
 
