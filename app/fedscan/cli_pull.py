@@ -79,6 +79,7 @@ def _pull(arguments: argparse.Namespace) -> int:
                 "modalities": {
                     key: {"found": n, "new": report.new[key]} for key, n in sorted(report.modalities.items())
                 },
+                "reason": report.reason,
                 "problem": report.problem,
             }
             if not arguments.dry_run:
@@ -189,8 +190,8 @@ def _show(name: str, counts: Mapping[str, Any], dry_run: bool) -> None:
     if counts["unlisted"]:
         text = f"{counts['unlisted']} studies or series have no usable UID in the PACS, and cannot be asked for."
         console.print(text, soft_wrap=True)
-    if counts["problem"]:
-        print(f"fedscan: {counts['problem']}", file=sys.stderr)
+    for text in {counts["reason"] if counts["failed"] else "", counts["problem"]} - {""}:
+        print(f"fedscan: {text}", file=sys.stderr)
 
 
 def _words(counts: Mapping[str, int]) -> str:

@@ -251,6 +251,11 @@ def _bring(line: _Line, query: Dataset, group: Sequence[Instance]) -> None:
             f"The PACS does not know where to send to: it has no address for the AE title {settings.ae_title}.",
             remedy="Ask its administrator to enter it with this machine's address and listen_port.",
         )
+    if code not in (0x0000, 0xB000):  # all sent, or all that could be
+        raise Interrupted(
+            f"The PACS does not send what it is asked for (status 0x{code:04X}).",
+            remedy="Ask its administrator whether our AE title may retrieve, and what its log says.",
+        )
 
 
 def _storage_contexts(group: Sequence[Instance]) -> Contexts:

@@ -100,6 +100,7 @@ class Report:
         left: not asked for, or not to the end, because the pull was over; all new ones in a dry run.
         modalities: instances found of each modality.
         new: those of them that were new.
+        reason: the last one for which instances failed, where there is one to tell.
         problem: why it ended early, "" if it did not.
     """
 
@@ -113,6 +114,7 @@ class Report:
     left: int
     modalities: Mapping[str, int]
     new: Mapping[str, int]
+    reason: str = ""
     problem: str = ""
 
 
@@ -141,7 +143,7 @@ def pull(
     counts: Counter[str] = Counter()
     modalities: Counter[str] = Counter()
     new_of: Counter[str] = Counter()
-    problem, in_a_row = "", 0
+    problem, reason, in_a_row = "", "", 0
 
     def has(uid: str) -> bool:
         return known(uid) or spools.has(spool.folder, spool.key, uid)
@@ -184,7 +186,7 @@ def pull(
                 over = retry.stop.is_set() or (lost is not None and not isinstance(lost, Interrupted))
                 counts["left" if over else "failed"] += len(new) - got
                 tell()
-                in_a_row = in_a_row + 1 if lost else 0
+                in_a_row, reason = (in_a_row + 1, str(lost)) if lost else (0, reason)
                 if lost and (over or in_a_row >= _GIVE_UP_AFTER):
                     raise lost
     except ArchiveError as error:
@@ -194,7 +196,9 @@ def pull(
     if retry.stop.is_set():
         problem = problem or "It was stopped."
     names = ("studies", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
-    return Report(**{name: counts[name] for name in names}, modalities=modalities, new=new_of, problem=problem)
+    return Report(
+        **{name: counts[name] for name in names}, modalities=modalities, new=new_of, reason=reason, problem=problem
+    )
 
 
 def usable(uid: str) -> bool:

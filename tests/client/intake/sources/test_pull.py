@@ -44,7 +44,7 @@ def make_archive(series, deeds, folder, asked, stop=None):
 UIDS = st.sampled_from([f"1.{number}" for number in range(8)] + ["", "bad uid"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(UIDS, max_size=5), max_size=5),
     st.lists(st.sampled_from(DEEDS), max_size=12),
