@@ -230,3 +230,24 @@ def test_another_wrapping_key(tmp_path):
     assert all(spool.has(tmp_path, new, f"{UID}.{number}") for number in (0, 1, 2, 9))
     with pytest.raises(DataError):
         spool.reseal(tmp_path, KEY, b"w" * 32)
+
+
+def test_an_object_is_on_disk_before_it_has_its_name_and_the_name_before_put_returns(tmp_path, monkeypatch):
+    done = []
+    real_sync, real_link = os.fsync, os.link
+
+    def sync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_sync(descriptor)
+
+    def link(source, target):
+        done.append("named")
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "link", link)
+    spool.put(tmp_path, KEY, b"x", UID)
+    named = done.index("named")
+    shard = str((tmp_path / only(tmp_path).locator).parent)
+    assert done[named - 1].endswith(".part") and done[named + 1 :] == [shard]
+    assert str(tmp_path) in done[:named]  # the shard's own name
