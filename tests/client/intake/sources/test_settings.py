@@ -1,3 +1,5 @@
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +102,12 @@ def test_dates_as_dicom_writes_them(first, last, range_):
 def test_local_http_may_carry_a_password(tmp_path):
     for host in ("localhost", "127.0.0.1", "[::1]"):
         assert parse({**WEB, "url": f"http://{host}:8042/x", "token_env": "T"}, tmp_path)
+
+
+def test_the_example_of_the_readme_is_right(tmp_path):
+    text = (Path(__file__).parents[4] / "client/README.md").read_text()
+    example = text.split("## From a PACS", 1)[1].split("```toml\n", 1)[1].split("```", 1)[0]
+    sources = parse(tomllib.loads(example)["source"], tmp_path)
+    assert {source.kind for source in sources.values()} == {"dicomweb", "dimse-move", "dimse-store", "folder"}
+    commented = "\n".join(line.removeprefix("# ") for line in example.splitlines())
+    assert parse(tomllib.loads(commented)["source"], tmp_path).keys() == sources.keys()

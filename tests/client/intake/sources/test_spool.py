@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -251,3 +252,16 @@ def test_an_object_is_on_disk_before_it_has_its_name_and_the_name_before_put_ret
     shard = str((tmp_path / only(tmp_path).locator).parent)
     assert done[named - 1].endswith(".part") and done[named + 1 :] == [shard]
     assert str(tmp_path) in done[:named]  # the shard's own name
+
+
+def test_memory_does_not_grow_with_the_object(tmp_path):
+    part = noise(BLOCK)
+    tracemalloc.start()
+    try:
+        spool.put(tmp_path, KEY, (part for _ in range(48)), UID)
+        with only(tmp_path).open() as file:
+            while file.read(BLOCK):
+                pass
+        assert tracemalloc.get_traced_memory()[1] < 8 * BLOCK
+    finally:
+        tracemalloc.stop()
