@@ -140,27 +140,42 @@ def _archive(settings: DicomWeb, session: requests.Session, spool: Spool, retry:
 
 
 def _paged(ask: Callable[..., list[dict[str, Any]]], unique: str, page: int, retry: Retry) -> Iterator[dict[str, Any]]:
-    """All results, page by page, until a page brings nothing new: a server may give less than asked for at once.
+    """All results, page by page until a page brings nothing new: a server may give less than asked for at once.
+
+    If the last page that did was full, a larger one is asked for from the start. That finds the rest where a server
+    ignores the offset, or applies it after the limit, as Orthanc 1.10 does to filters that it has no index for. What
+    cannot be told from a complete answer is a server that ignores the offset and gives fewer than a page of its own.
 
     Raises:
-        ArchiveError: the server gives the same full page again whatever the offset: the rest cannot be listed.
+        ArchiveError: the server gives the same full page whatever is asked: the rest cannot be listed.
     """
     seen: set[str] = set()
-    offset = 0
-    while True:
-        rows = retry(partial(_asked, partial(ask, limit=page, offset=offset)))
+
+    def asked(limit: int, offset: int) -> tuple[int, list[dict[str, Any]]]:
+        rows = retry(partial(_asked, partial(ask, limit=limit, offset=offset)))
         fresh = {_value(row, unique) or json.dumps(row, sort_keys=True): row for row in rows}
         fresh = {key: row for key, row in fresh.items() if key not in seen}
-        if not fresh:
-            if rows and offset and len(rows) == page:
-                raise ArchiveError(
-                    f"The PACS ignores the offset of a query: only the first {len(seen)} results can be listed.",
-                    remedy="Set a larger page_size, or ask for less with study_date_from and study_date_to.",
-                )
-            return
-        seen |= fresh.keys()
-        yield from fresh.values()
-        offset += len(rows)
+        seen.update(fresh)
+        return len(rows), list(fresh.values())
+
+    count, fresh = asked(page, 0)
+    offset, full = 0, False
+    while fresh:
+        yield from fresh
+        full = count >= page
+        offset += count
+        count, fresh = asked(page, offset)
+    repeats = count == page
+    while full:
+        limit = 2 * len(seen) + 1
+        count, fresh = asked(limit, 0)
+        if not fresh and repeats and count == page:
+            raise ArchiveError(
+                f"The PACS lists no more than {page} results, whatever is asked for.",
+                remedy="Set another page_size, or ask for less with study_date_from and study_date_to.",
+            )
+        yield from fresh
+        full = bool(fresh) and count >= limit
 
 
 def _asked(ask: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -173,7 +188,7 @@ def _asked(ask: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         ) from None
     except (ValueError, AttributeError):
         rows = [None]  # type: ignore[list-item]
-    if not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ArchiveError("The PACS answers a query with something else than DICOM JSON.", remedy="Check the url.")
     return rows
 
@@ -248,15 +263,13 @@ def _first_part(parts: Iterable[bytes], boundary: bytes) -> Iterator[bytes]:
         raise _NotDicom
     stream = iter(parts)
     waiting = b"\r\n"  # so that the first boundary looks like every other
-    opening, ending = b"\r\n--" + boundary, b"\r\n\r\n"
-    for mark in (opening, ending):
+    opening = b"\r\n--" + boundary
+    for mark in (opening, b"\r\n\r\n"):  # the headers end with an empty line, which is the first one if there are none
         while mark not in waiting:
             if len(waiting) > _PART * 2:
                 raise _NotDicom
             waiting += next(stream, b"") or _cut()
         waiting = waiting.split(mark, 1)[1]
-        if mark == opening:
-            waiting = b"\r\n" + waiting.lstrip(b" \t").removeprefix(b"\r\n")  # a part may have no headers
     while opening not in waiting:
         keep = len(opening) - 1
         yield waiting[:-keep]

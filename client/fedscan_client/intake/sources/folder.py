@@ -314,13 +314,16 @@ class _Bounded(io.BufferedReader):
 class _Archive(zipfile.ZipFile):
     """Closes its file when it leaves the memory of recent archives."""
 
+    _own: io.BufferedReader | None = None
+
     def __init__(self, path: Path) -> None:
         self._own = _Bounded(_open(path).detach())
         super().__init__(self._own)
 
     def __del__(self) -> None:
         super().__del__()
-        self._own.close()
+        if self._own:
+            self._own.close()
 
 
 _recent = threading.Lock()

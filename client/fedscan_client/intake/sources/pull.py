@@ -92,6 +92,7 @@ class Report:
     Attributes:
         studies: that were walked through, at least in part.
         series: of them.
+        unlisted: studies and series that the PACS lists without a usable UID: what is in them cannot be asked for.
         found: instances that the PACS listed.
         retrieved: that are in the spool now and were not before.
         already_known: read or spooled before, or listed a second time.
@@ -99,11 +100,13 @@ class Report:
         left: not asked for, or not to the end, because the pull was over; all new ones in a dry run.
         modalities: instances found of each modality.
         new: those of them that were new.
+        reason: the last one for which instances failed, where there is one to tell.
         problem: why it ended early, "" if it did not.
     """
 
     studies: int
     series: int
+    unlisted: int
     found: int
     retrieved: int
     already_known: int
@@ -111,6 +114,7 @@ class Report:
     left: int
     modalities: Mapping[str, int]
     new: Mapping[str, int]
+    reason: str = ""
     problem: str = ""
 
 
@@ -139,7 +143,7 @@ def pull(
     counts: Counter[str] = Counter()
     modalities: Counter[str] = Counter()
     new_of: Counter[str] = Counter()
-    problem, in_a_row = "", 0
+    problem, reason, in_a_row = "", "", 0
 
     def has(uid: str) -> bool:
         return known(uid) or spools.has(spool.folder, spool.key, uid)
@@ -153,14 +157,16 @@ def pull(
             if retry.stop.is_set():
                 break
             if not usable(study):
-                counts["studies"] += 1
-                problem = problem or "The PACS lists studies without a usable UID, which cannot be asked for."
+                counts["unlisted"] += 1
                 continue
             series_of = retry(partial(archive.series, study))
             counts["studies"] += 1
             for series, modality in series_of:
                 if retry.stop.is_set():
                     break
+                if not usable(series):
+                    counts["unlisted"] += 1
+                    continue
                 counts["series"] += 1
                 listed = retry(partial(archive.instances, study, series))
                 counts["found"] += len(listed)
@@ -180,17 +186,19 @@ def pull(
                 over = retry.stop.is_set() or (lost is not None and not isinstance(lost, Interrupted))
                 counts["left" if over else "failed"] += len(new) - got
                 tell()
-                in_a_row = in_a_row + 1 if lost else 0
+                in_a_row, reason = (in_a_row + 1, str(lost)) if lost else (0, reason)
                 if lost and (over or in_a_row >= _GIVE_UP_AFTER):
                     raise lost
     except ArchiveError as error:
-        if not counts["studies"]:
+        if not counts["studies"] and not counts["unlisted"]:
             raise
         problem = str(error)
     if retry.stop.is_set():
         problem = problem or "It was stopped."
-    names = ("studies", "series", "found", "retrieved", "already_known", "failed", "left")
-    return Report(**{name: counts[name] for name in names}, modalities=modalities, new=new_of, problem=problem)
+    names = ("studies", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
+    return Report(
+        **{name: counts[name] for name in names}, modalities=modalities, new=new_of, reason=reason, problem=problem
+    )
 
 
 def usable(uid: str) -> bool:
@@ -204,7 +212,7 @@ def quiet() -> None:
 
     _config.LOG_HANDLER_LEVEL = "none"
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
-    for name in ("pynetdicom", "pydicom", "dicomweb_client", "urllib3", "requests"):
+    for name in ("pynetdicom", "pydicom", "dicomweb_client", "retrying", "urllib3", "requests"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module=r"(pydicom|pynetdicom|dicomweb_client)(\.|$)")
 

@@ -196,7 +196,7 @@ class DimseMove(Dimse):
 
     kind: Literal["dimse-move"]
     listen_address: str = Field(description="ours, of the network card that faces the PACS")
-    listen_port: Port = Field(ge=1)
+    listen_port: Annotated[int, Field(ge=1, le=65535)]
     move_timeout_seconds: Seconds = Field(
         1800.0, description="of a C-MOVE without a word: many PACS say none meanwhile"
     )
@@ -284,7 +284,8 @@ def _one(name: str, tree: Mapping[str, Any], site_folder: Path) -> Source:
     try:
         return _ADAPTER.validate_python(tree, context={"folder": site_folder})
     except ValidationError as error:
-        item = error.errors(include_input=False, include_url=False)[0]
+        items = error.errors(include_input=False, include_url=False)
+        item = next((each for each in items if each["type"] == "extra_forbidden"), items[0])  # a misspelt key first
         loc = [str(part) for part in item["loc"][1:]]
         key = ".".join([where, *loc])
         if item["type"] == "extra_forbidden":

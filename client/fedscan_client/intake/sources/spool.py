@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -41,9 +41,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedscan_client.intake.sources.found import Found, stamp
 from fedscan_core.errors import DataError
 from fedscan_core.files import sync_folder
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 BLOCK = 1 << 20
 _MAGIC = b"fedscan-spool-1\n"
@@ -284,6 +281,8 @@ def _damaged() -> DataError:
 class _Opened(io.RawIOBase):
     """The plain bytes of one file, one decrypted block in memory at a time."""
 
+    name = "an object of the spool"  # pydicom asks every buffered file for one
+
     def __init__(self, path: Path, key: bytes) -> None:
         super().__init__()
         try:
@@ -314,7 +313,7 @@ class _Opened(io.RawIOBase):
             raise _damaged() from None
         self._number = number
 
-    def readinto(self, buffer: "WriteableBuffer") -> int:
+    def readinto(self, buffer: Any) -> int:
         """Fills the buffer from the block at the position."""
         with memoryview(buffer).cast("B") as view:
             if self._position >= self.size:

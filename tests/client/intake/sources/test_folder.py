@@ -25,7 +25,7 @@ def write(path, data=b"x", when=OLD):
 
 
 def scan(root, settle=0.0):
-    skipped = Counter()
+    skipped = Counter[str]()
     found = list(folder.found(root, settle_seconds=settle, skipped=skipped))
     return {each.locator: each for each in found}, dict(skipped)
 
@@ -258,9 +258,14 @@ def test_a_file_that_went_or_became_a_link(tmp_path):
     (tmp_path / "root/a").unlink()
     with pytest.raises(Refused):
         found["a"].open()
-    (tmp_path / "root/a").symlink_to(tmp_path / "secret")
-    with pytest.raises(DataError):
-        found["a"].open()
+    write(tmp_path / "root/b")
+    for target in ("../secret", "b"):
+        (tmp_path / "root/a").unlink(missing_ok=True)
+        (tmp_path / "root/a").symlink_to(target)
+        with pytest.raises(DataError):
+            found["a"].open()
+        with pytest.raises(OSError):  # though it were exchanged after the check of where it leads
+            folder._open(tmp_path / "root/a")
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12)

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import os
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -129,7 +130,7 @@ def test_every_change_is_noticed(tmp_path):
 
 
 def test_a_file_under_another_name_is_noticed(tmp_path):
-    locator, path, sealed = three_blocks(tmp_path)
+    locator, _, sealed = three_blocks(tmp_path)
     spool.put(tmp_path, KEY, b"another", UID + ".1")
     (other,) = (found.locator for found in spool.found(tmp_path, KEY) if found.locator != locator)
     (tmp_path / other).write_bytes(sealed)
@@ -230,3 +231,37 @@ def test_another_wrapping_key(tmp_path):
     assert all(spool.has(tmp_path, new, f"{UID}.{number}") for number in (0, 1, 2, 9))
     with pytest.raises(DataError):
         spool.reseal(tmp_path, KEY, b"w" * 32)
+
+
+def test_an_object_is_on_disk_before_it_has_its_name_and_the_name_before_put_returns(tmp_path, monkeypatch):
+    done = []
+    real_sync, real_link = os.fsync, os.link
+
+    def sync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_sync(descriptor)
+
+    def link(source, target):
+        done.append("named")
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "link", link)
+    spool.put(tmp_path, KEY, b"x", UID)
+    named = done.index("named")
+    shard = str((tmp_path / only(tmp_path).locator).parent)
+    assert done[named - 1].endswith(".part") and done[named + 1 :] == [shard]
+    assert str(tmp_path) in done[:named]  # the shard's own name
+
+
+def test_memory_does_not_grow_with_the_object(tmp_path):
+    part = noise(BLOCK)
+    tracemalloc.start()
+    try:
+        spool.put(tmp_path, KEY, (part for _ in range(48)), UID)
+        with only(tmp_path).open() as file:
+            while file.read(BLOCK):
+                pass
+        assert tracemalloc.get_traced_memory()[1] < 8 * BLOCK
+    finally:
+        tracemalloc.stop()
