@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedscan import cli_pull
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,8 +53,16 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
     here = sites.load(arguments.site)
     notes = Console(stderr=True, highlight=False)
-    if not (arguments.dry_run or arguments.no_pull):
-        _pull(here, notes)
+    asked = [name for name, source in here.source.items() if source.kind in cli_pull.NETWORK]
+    if asked and not (arguments.dry_run or arguments.no_pull):
+        told, stopped = cli_pull.pull(here, notes)
+        for name, counts in told.items():
+            if counts["problem"] or counts["failed"]:
+                notes.print(
+                    f"{name}: {counts['failed']} failed. {counts['reason']} {counts['problem']}", soft_wrap=True
+                )
+        if stopped:
+            return 130
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
@@ -123,6 +133,3 @@ def _samples(here: "Site", count: int, console: "Console") -> None:
             after = "[dim]gone[/dim]" if row.after is None else escape(row.after)
             table.add_row(row.keyword or row.tag, escape(row.before or ""), after)
         console.print(table)
-
-
-def _pull(here: "Site", notes: "Console") -> None: ...

@@ -12,12 +12,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedscan_client.intake.records import PatientId
+    from fedscan_client.intake.sources.pull import Permitted
     from fedscan_client.intake.sources.settings import Source
     from fedscan_client.intake.sources.spool import Spool
+    from fedscan_client.site import Site
 
 _PULL = """\
 Asks the PACS of site.toml what it has, and retrieves what is new into the encrypted spool, where `fedscan agent ingest`
-finds it. Nothing is fetched twice: stopped by Ctrl-C, by the network or by the PACS, it goes on where it was.
+finds it. Only studies of patients whom the consent register permits are asked for. Nothing is fetched twice: stopped by
+Ctrl-C, by the network or by the PACS, it goes on where it was.
 
   fedscan agent pull /srv/fedscan/site --dry-run     how many instances there are of each modality, and how many are new
   fedscan agent pull /srv/fedscan/site
@@ -35,7 +41,7 @@ Runs until Ctrl-C or SIGTERM, and prints what came.
 It serves the sources of the kind dimse-store. The PACS is told "success" only when an image is on disk. AE titles are
 names that anybody can claim, not authentication: allow each only from its own address, and use [tls] where you can."""
 
-_NETWORK = ("dicomweb", "dimse-move", "dimse-get")
+NETWORK = ("dicomweb", "dimse-move", "dimse-get")
 
 
 def add(agent: "argparse._SubParsersAction[Any]") -> None:
@@ -55,20 +61,38 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
 def _pull(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from fedscan_client.intake.sources import dicomweb, dimse, settings
+    from fedscan_client import site as sites
+
+    told, stopped = pull(sites.load(arguments.site), Console(stderr=True), dry_run=arguments.dry_run)
+    if arguments.json:
+        print(json.dumps(told, indent=2))
+    else:
+        for name, counts in told.items():
+            show(name, counts, arguments.dry_run)
+    return int(any(counts["problem"] or counts["failed"] for counts in told.values()) or stopped)
+
+
+def pull(here: "Site", console: "Console", *, dry_run: bool = False) -> tuple[dict[str, Any], bool]:
+    """Asks every PACS of a site, one after the other: what each gave, and whether somebody said stop.
+
+    Raises:
+        ConfigError: there is no PACS to ask.
+        ConsentError: no usable consent register; nothing was asked for.
+        ArchiveError: a PACS refused or could not be reached before anything was found.
+    """
+    from fedscan_client.intake.sources import dicomweb, dimse
     from fedscan_client.intake.sources.settings import DicomWeb, DimseGet, DimseMove
 
-    sources = _of_kinds(settings.load(arguments.site), _NETWORK, "pull")
-    spool = _spool(arguments.site, write=not arguments.dry_run)
-    console = Console(stderr=True)
+    sources, permitted = _of_kinds(here.source, NETWORK, "pull"), _permitted(here)
+    spool = _spool(here, write=not dry_run)
     told: dict[str, Any] = {}
     with _stop_on_signal() as stop:
         for name, source in sources.items():
             if stop.is_set():
                 break
             with _progress(console, name) as progress:
-                how: dict[str, Any] = {"known": _known(arguments.site), "progress": progress, "stop": stop}
-                how |= {"dry_run": arguments.dry_run}
+                how: dict[str, Any] = {"known": lambda uid: False, "progress": progress, "stop": stop}
+                how |= {"permitted": permitted, "dry_run": dry_run}
                 if isinstance(source, DicomWeb):
                     report = dicomweb.retrieve(source, spool, **how)
                 else:
@@ -82,22 +106,42 @@ def _pull(arguments: argparse.Namespace) -> int:
                 "reason": report.reason,
                 "problem": report.problem,
             }
-            if not arguments.dry_run:
-                _note(arguments.site, {"did": "pull", "source": name, **{key: told[name][key] for key in _COUNTS}})
-    if arguments.json:
-        print(json.dumps(told, indent=2))
-    else:
-        for name, counts in told.items():
-            _show(name, counts, arguments.dry_run)
-    return int(any(counts["problem"] or counts["failed"] for counts in told.values()) or stop.is_set())
+            if not dry_run:
+                _note(here.folder, {"did": "pull", "source": name, **{key: told[name][key] for key in _COUNTS}})
+        return told, stop.is_set()
+
+
+def _permitted(here: "Site") -> "Permitted":
+    """Whether the consent register permits a patient, so that nobody else's images are fetched."""
+    from dataclasses import replace
+    from datetime import date
+
+    from fedscan_client import consent, keys
+    from fedscan_client.intake.deid import patient_name
+    from fedscan_core.errors import ConfigError
+
+    if here.consent is None:
+        raise ConfigError(
+            f"{here.folder / 'site.toml'} has no [consent].", remedy="Say where the consent register is, then pull."
+        )
+    names = here.names(keys.load(here.folder, here.key))
+    register = consent.load(here.consent, names, site_folder=here.folder, today=date.today())
+
+    def permitted(patient: "PatientId") -> bool:
+        whole = replace(patient, issuer=patient.issuer or here.issuer)
+        return register.decide(patient_name(names, whole)).permit
+
+    return permitted
 
 
 def _listen(arguments: argparse.Namespace) -> int:
-    from fedscan_client.intake.sources import scp, settings
+    from fedscan_client import site as sites
+    from fedscan_client.intake.sources import scp
     from fedscan_client.intake.sources.settings import DimseStore
 
-    sources = _of_kinds(settings.load(arguments.site), ("dimse-store",), "listen")
-    spool = _spool(arguments.site, write=True)
+    here = sites.load(arguments.site)
+    sources = _of_kinds(here.source, ("dimse-store",), "listen")
+    spool = _spool(here, write=True)
     received = {name: scp.Received() for name in sources}
     with _stop_on_signal() as stop, contextlib.ExitStack() as stack:
         for name, source in sources.items():
@@ -114,7 +158,7 @@ def _listen(arguments: argparse.Namespace) -> int:
             before = now
     counts = {name: {what: each.counts[what] for what in scp.COUNTED} for name, each in received.items()}
     for name, numbers in counts.items():
-        _note(arguments.site, {"did": "listen", "source": name, **numbers})
+        _note(here.folder, {"did": "listen", "source": name, **numbers})
         if not arguments.json:
             print(f"{name}: {_words(numbers)}")
     if arguments.json:
@@ -122,7 +166,7 @@ def _listen(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COUNTS = ("studies", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
+_COUNTS = ("studies", "no_consent", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
 
 
 def _of_kinds(sources: "Mapping[str, Source]", kinds: tuple[str, ...], command: str) -> "Mapping[str, Source]":
@@ -137,28 +181,14 @@ def _of_kinds(sources: "Mapping[str, Source]", kinds: tuple[str, ...], command: 
     return wanted
 
 
-def _spool(site: Path, *, write: bool) -> "Spool":
+def _spool(here: "Site", *, write: bool) -> "Spool":
+    from fedscan_client import keys
     from fedscan_client.intake.sources import spool
 
-    here = spool.Spool(site / "spool", _wrapping_key(site))
+    made = spool.Spool(here.spool, keys.load(here.folder, here.key).wrapping)
     if write:
-        spool.clean(here.folder)
-    return here
-
-
-def _wrapping_key(site: Path) -> bytes:
-    """The key that the spool is encrypted under."""
-    from fedscan_core.errors import ConfigError
-
-    try:
-        return (site / "key").read_bytes()
-    except OSError:
-        raise ConfigError(f"The site has no key {site / 'key'}.", remedy="Restore it, or make one.") from None
-
-
-def _known(site: Path) -> Any:
-    """Whether the intake has read an instance before; until it keeps an index, only the spool knows."""
-    return lambda uid: False
+        spool.clean(made.folder)
+    return made
 
 
 def _note(site: Path, record: dict[str, Any]) -> None:
@@ -169,7 +199,8 @@ def _note(site: Path, record: dict[str, Any]) -> None:
         auditlog.append(site / "intake.jsonl", record)
 
 
-def _show(name: str, counts: Mapping[str, Any], dry_run: bool) -> None:
+def show(name: str, counts: Mapping[str, Any], dry_run: bool) -> None:
+    """Prints what one PACS gave."""
     from rich.console import Console
     from rich.table import Table
 
@@ -187,6 +218,11 @@ def _show(name: str, counts: Mapping[str, Any], dry_run: bool) -> None:
             f"{counts['failed']} failed, {counts['left']} left for the next run."
         )
     console.print(text, soft_wrap=True)
+    if counts["no_consent"]:
+        text = (
+            f"{counts['no_consent']} further studies stay in the PACS: their patients are not permitted, or not named."
+        )
+        console.print(text, soft_wrap=True)
     if counts["unlisted"]:
         text = f"{counts['unlisted']} studies or series have no usable UID in the PACS, and cannot be asked for."
         console.print(text, soft_wrap=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,20 @@ from pydicom import dcmread
 from pynetdicom import AE
 
 from fedscan import cli_pull
+from fedscan_client import keys
+from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import spool
 from fedscan_client.intake.sources.pull import Archive, Instance
 from fedscan_core import auditlog
-from fedscan_core.errors import ConfigError, FedscanError
+from fedscan_core.errors import ConfigError, ConsentError, FedscanError, SiteKeyError
 
 KEY = bytes(range(32))
+REGISTER = "patient_id,issuer,status,date\nP1,,permit,{day}\nP2,EAST,permit,{day}\nP3,,deny,{day}\n"
 COMMAND = """
 import argparse, sys
 from fedscan import cli_pull
+from fedscan_client import keys
+from fedscan_client.intake.records import PatientId
 parser = argparse.ArgumentParser()
 cli_pull.add(parser.add_subparsers(required=True))
 arguments = parser.parse_args()
@@ -36,8 +42,15 @@ sys.exit(arguments.command(arguments))
 @pytest.fixture
 def site(tmp_path):
     def make(**sources):
-        (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "north", "source": sources}))
-        (tmp_path / "key").write_bytes(KEY)
+        tree = {"name": "north", "patients_declared": 9, "source": sources}
+        tree |= {
+            "policy": {"max_epsilon": 1, "max_delta": 1e-5},
+            "consent": {"kind": "register", "path": "consent.csv"},
+        }
+        (tmp_path / "site.toml").write_text(tomli_w.dumps(tree))
+        (tmp_path / "consent.csv").write_text(REGISTER.format(day=date.today()))
+        keys.put(tmp_path, keys.Settings(), keys.SiteKey(bytes(32), KEY), "test")
+        (tmp_path / "intake.jsonl").unlink()
         return tmp_path
 
     return make
@@ -52,7 +65,7 @@ def run(*arguments):
 
 @pytest.fixture
 def pacs(monkeypatch):
-    """A PACS of two studies in place of the DICOMweb one; gives the UIDs that it refuses."""
+    """A PACS in place of the DICOMweb one, with two studies of permitted patients and three of others; gives the UIDs that it refuses."""
     refused = set[str]()
 
     def make(settings, session, where, retry):
@@ -63,11 +76,14 @@ def pacs(monkeypatch):
                     tick()
             return refused
 
+        ids = {"1.1": "P1", "1.2": "P2", "1.3": "P3", "1.4": "P2"}
+        whose = {study: PatientId(number, "EAST" if study == "1.2" else "") for study, number in ids.items()}
         return Archive(
-            lambda: ["1.1", "1.2"],
+            lambda: ["1.1", "1.2", "1.3", "1.4", "1.5"],
             lambda study: [(f"{study}.1", {"1.1": "CT", "1.2": "DX"}[study])],
             lambda study, series: [Instance(f"{series}.{number}") for number in range(3)],
             fetch,
+            whose.get,
         )
 
     monkeypatch.setattr("fedscan_client.intake.sources.dicomweb._archive", make)
@@ -82,11 +98,13 @@ def test_pull_counts_retrieves_and_notes_what_it_did(site, pacs, capsys):
     assert run("pull", folder, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "6 are new" in said and "CT" in said and "1.1" not in said
+    assert "3 further studies stay in the PACS" in said
     assert not (folder / "spool").exists() and not (folder / "intake.jsonl").exists()
     pacs.add("1.2.1.0")
     assert run("pull", folder, "--json") == 1
     told = json.loads(capsys.readouterr().out)["archive"]
     assert (told["found"], told["retrieved"], told["failed"]) == (6, 5, 1)
+    assert (told["studies"], told["no_consent"]) == (2, 3)
     assert told["modalities"] == {"CT": {"found": 3, "new": 3}, "DX": {"found": 3, "new": 3}}
     pacs.clear()
     assert run("pull", folder) == 0
@@ -113,7 +131,10 @@ def test_what_is_missing_is_said(site, tmp_path):
         with pytest.raises(ConfigError, match="no source that"):
             run(command, site(images={"kind": "folder", "folder": "in"}))
     (site(archive=WEB) / "key").unlink()
-    with pytest.raises(ConfigError, match="no key"):
+    with pytest.raises(SiteKeyError, match="no site key"):
+        run("pull", tmp_path)
+    (site(archive=WEB) / "consent.csv").unlink()
+    with pytest.raises(ConsentError):
         run("pull", tmp_path)
 
 

@@ -11,6 +11,7 @@ from fedscan_client.intake import deid, headers, read
 from fedscan_client.intake.index import Header, Index
 from fedscan_client.intake.records import REVIEW, Refused
 from fedscan_client.intake.sources.found import Found
+from fedscan_core.errors import DataError
 
 _DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR (PS3.3 F)
 
@@ -64,5 +65,5 @@ def _header(item: Found, key: bytes, issuer: str) -> Header:
         return name_of(ds, key, issuer)
     except Refused as refused:
         return Header(refused.reason)
-    except OSError:
+    except (DataError, OSError):
         return Header("unreadable")

@@ -26,6 +26,7 @@ from fedscan_client.intake.rules import blackout_for
 from fedscan_client.intake.scan import name_of
 from fedscan_client.keys import SiteKey
 from fedscan_client.site import Site
+from fedscan_core.errors import DataError
 
 _VERSION = 1  # of the way from an object to the cached image: another number reads everything again
 
@@ -62,7 +63,7 @@ def born(work: Work, row: Row) -> date | None:
     try:
         text = headers.value(_header(work, row), "PatientBirthDate")
         return date.fromisoformat(str(text)) if text else None
-    except (Refused, OSError, ValueError):
+    except (DataError, OSError, ValueError):
         return None
 
 
@@ -187,7 +188,7 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
     """
     rectangles = decided
     if rectangles is None and row.header.review:
-        rectangles = blackout_for(_header(work, row), work.site.quarantine.rule)
+        rectangles = _by_rule(work, row)
         if rectangles is None:
             raise Refused(row.header.review)
     if work.dry:
@@ -195,7 +196,9 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
     try:
         with objects.opened(work.site, work.key, row.locator) as (stream, size):
             ds = read.whole(stream, size)
-    except OSError:
+    except Refused:
+        raise
+    except (DataError, OSError):
         raise Refused("unreadable") from None
     issuer = work.site.issuer
     if name_of(ds, work.names, issuer) != row.header:
@@ -205,6 +208,15 @@ def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: 
     if decided is None and not row.header.review and work.site.quarantine.ocr != "off":
         _look(work, clean, number, of)
     return clean
+
+
+def _by_rule(work: Work, row: Row) -> tuple[Rectangle, ...] | None:
+    if not work.site.quarantine.rule:
+        return None
+    try:
+        return blackout_for(_header(work, row), work.site.quarantine.rule)
+    except OSError:
+        raise Refused("unreadable") from None
 
 
 def _look(work: Work, clean: Dataset, number: int, of: int) -> None:
@@ -225,7 +237,7 @@ def _set_aside(work: Work, row: Row, reason: str) -> None:
     about = row.header
     try:
         seen = traits.traits(_header(work, row), work.names)
-    except (Refused, OSError):
+    except (DataError, OSError):
         seen = traits.UNKNOWN
     put = quarantine.Found(reason, about.patient, about.series, about.instance, row.locator, row.stamp, seen)
     quarantine.put(work.site.folder, work.key.wrapping, [put])

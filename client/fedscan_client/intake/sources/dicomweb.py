@@ -18,8 +18,19 @@ import requests
 from dicomweb_client.api import DICOMwebClient
 from requests import exceptions as broken
 
+from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import spool as spools
-from fedscan_client.intake.sources.pull import Archive, ArchiveError, Instance, Interrupted, Report, Retry, pull, quiet
+from fedscan_client.intake.sources.pull import (
+    Archive,
+    ArchiveError,
+    Instance,
+    Interrupted,
+    Permitted,
+    Report,
+    Retry,
+    pull,
+    quiet,
+)
 from fedscan_client.intake.sources.settings import DicomWeb, read_secret
 from fedscan_client.intake.sources.spool import Spool
 from fedscan_core.errors import ConfigError
@@ -29,6 +40,7 @@ _PART = 1 << 20
 _LOST_AT_MOST = 3  # interrupted instances of a series before a pause
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _STUDY, _SERIES, _INSTANCE, _CLASS = "0020000D", "0020000E", "00080018", "00080016"
+_PATIENT, _ISSUER = "00100020", "00100021"
 _MODALITY, _BODY_PART, _STUDY_DATE = "00080060", "00180015", "00080020"
 _T = TypeVar("_T")
 
@@ -40,6 +52,7 @@ def retrieve(
     known: Callable[[str], bool],
     progress: Callable[[int, int], None],
     stop: Event,
+    permitted: Permitted | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Retrieves what is new; see `pull`.
@@ -52,7 +65,7 @@ def retrieve(
     retry = Retry(settings.attempts, settings.retry_seconds, stop)
     with _session(settings) as session:
         archive = _archive(settings, session, spool, retry)
-        return pull(archive, spool, retry, known=known, progress=progress, dry_run=dry_run)
+        return pull(archive, spool, retry, known=known, progress=progress, permitted=permitted, dry_run=dry_run)
 
 
 def _session(settings: DicomWeb) -> requests.Session:
@@ -81,19 +94,22 @@ def _archive(settings: DicomWeb, session: requests.Session, spool: Spool, retry:
     client.set_http_retry_params(retry=False)
     wanted = settings.filter
     parts = wanted.body_part or ("",)
+    whose: dict[str, PatientId | None] = {}
 
     def search(ask: Callable[..., list[dict[str, Any]]], unique: str, **filters: str) -> Iterator[dict[str, Any]]:
         return _paged(partial(ask, search_filters=filters), unique, settings.page_size, retry)
 
     def studies() -> Iterator[str]:
-        seen: set[str] = set()
         filters = {**wanted.study, **({"StudyDate": wanted.dates} if wanted.dates else {})}
+        ask = partial(client.search_for_studies, fields=["IssuerOfPatientID"])
         for modality in wanted.modality or ("",):
             narrowed = {**filters, **({"ModalitiesInStudy": modality} if modality else {})}
-            for row in search(client.search_for_studies, _STUDY, **narrowed):
-                if _value(row, _STUDY) not in seen and _in_dates(row, settings):
-                    seen.add(_value(row, _STUDY))
-                    yield _value(row, _STUDY)
+            for row in search(ask, _STUDY, **narrowed):
+                uid = _value(row, _STUDY)
+                if uid not in whose and _in_dates(row, settings):
+                    number = _value(row, _PATIENT)
+                    whose[uid] = PatientId(number, _value(row, _ISSUER)) if number else None
+                    yield uid
 
     def series(study: str) -> Sequence[tuple[str, str]]:
         found: dict[str, str] = {}
@@ -133,7 +149,7 @@ def _archive(settings: DicomWeb, session: requests.Session, spool: Spool, retry:
             raise lost[-1]
         return refused
 
-    return Archive(studies, series, instances, fetch)
+    return Archive(studies, series, instances, fetch, whose.get)
 
 
 # ------------------------------------------------------------------------------------------------------------- QIDO-RS

@@ -19,8 +19,19 @@ from pydicom.uid import AllTransferSyntaxes
 from pynetdicom import AE, DEFAULT_TRANSFER_SYNTAXES, AllStoragePresentationContexts, build_role, evt
 from pynetdicom.association import Association
 
+from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import scp
-from fedscan_client.intake.sources.pull import Archive, ArchiveError, Instance, Interrupted, Report, Retry, pull, quiet
+from fedscan_client.intake.sources.pull import (
+    Archive,
+    ArchiveError,
+    Instance,
+    Interrupted,
+    Permitted,
+    Report,
+    Retry,
+    pull,
+    quiet,
+)
 from fedscan_client.intake.sources.settings import DimseGet, DimseMove, DimseStore, Peer
 from fedscan_client.intake.sources.spool import Spool
 from fedscan_core.errors import ConfigError
@@ -41,6 +52,7 @@ def retrieve(
     known: Callable[[str], bool],
     progress: Callable[[int, int], None],
     stop: Event,
+    permitted: Permitted | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Retrieves what is new; see `pull`.
@@ -56,7 +68,9 @@ def retrieve(
         if isinstance(settings, DimseMove) and not dry_run:
             stack.enter_context(scp.listening(_destination(settings), spool, scp.Received(), lambda: line.tick()))
         stack.callback(line.close)
-        return pull(_archive(line, retry), spool, retry, known=known, progress=progress, dry_run=dry_run)
+        return pull(
+            _archive(line, retry), spool, retry, known=known, progress=progress, permitted=permitted, dry_run=dry_run
+        )
 
 
 @dataclass
@@ -126,18 +140,19 @@ def _destination(settings: DimseMove) -> DimseStore:
 
 def _archive(line: _Line, retry: Retry) -> Archive:
     wanted = line.settings.filter
+    whose: dict[str, PatientId | None] = {}
 
     def find(level: str, **keys: str) -> list[Dataset]:
         return _find(line, level, keys)
 
     def studies() -> Iterator[str]:
-        seen: set[str] = set()
+        asked = dict.fromkeys(("StudyInstanceUID", "PatientID", "IssuerOfPatientID"), "")
         for modality in wanted.modality or ("",):
-            keys = {**wanted.study, "StudyDate": wanted.dates, "ModalitiesInStudy": modality, "StudyInstanceUID": ""}
+            keys = {**wanted.study, "StudyDate": wanted.dates, "ModalitiesInStudy": modality, **asked}
             for row in retry(partial(find, "STUDY", **keys)):
-                uid = _text(row, "StudyInstanceUID")
-                if uid not in seen:
-                    seen.add(uid)
+                uid, number = _text(row, "StudyInstanceUID"), _text(row, "PatientID")
+                if uid not in whose:
+                    whose[uid] = PatientId(number, _text(row, "IssuerOfPatientID")) if number else None
                     yield uid
 
     def series(study: str) -> Sequence[tuple[str, str]]:
@@ -166,7 +181,7 @@ def _archive(line: _Line, retry: Retry) -> Archive:
                 _bring(line, _identifier(study, series, uids), group)
         return set()
 
-    return Archive(studies, series, instances, fetch)
+    return Archive(studies, series, instances, fetch, whose.get)
 
 
 # ------------------------------------------------------------------------------------------------------------ requests

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import spool as spools
 from fedscan_client.intake.sources.spool import Spool
 from fedscan_core.errors import DataError
@@ -26,6 +27,8 @@ _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9; nothing else goes into a 
 _LONGEST_PAUSE = 60.0
 _GIVE_UP_AFTER = 3  # series in a row that could not be had: then the PACS is gone, not the series
 _T = TypeVar("_T")
+
+Permitted = Callable[[PatientId], bool]
 
 
 class ArchiveError(DataError):
@@ -54,12 +57,14 @@ class Archive:
         instances: of a study and series.
         fetch: (study, series, instances, whether these are all of the series, number of the attempt, tick) puts them
             into the spool and calls `tick` for each; returns the UIDs that the PACS refuses for good.
+        patient: whose a study is that `studies` gave; None where the PACS does not say.
     """
 
     studies: Callable[[], Iterable[str]]
     series: Callable[[str], Sequence[tuple[str, str]]]
     instances: Callable[[str, str], Sequence[Instance]]
     fetch: Callable[[str, str, Sequence[Instance], bool, int, Callable[[], None]], set[str]]
+    patient: Callable[[str], PatientId | None] = lambda study: None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Report:
 
     Attributes:
         studies: that were walked through, at least in part.
+        no_consent: further studies, of patients who are not permitted or whom the PACS does not name.
         series: of them.
         unlisted: studies and series that the PACS lists without a usable UID: what is in them cannot be asked for.
         found: instances that the PACS listed.
@@ -105,6 +111,7 @@ class Report:
     """
 
     studies: int
+    no_consent: int
     series: int
     unlisted: int
     found: int
@@ -125,6 +132,7 @@ def pull(
     *,
     known: Callable[[str], bool],
     progress: Callable[[int, int], None],
+    permitted: Permitted | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Retrieves what is new into the spool.
@@ -135,6 +143,8 @@ def pull(
         retry: how often, and the event that ends it.
         known: whether an instance (by its SOP Instance UID) was read before.
         progress: is told (instances dealt with, instances found), now and then and from any thread.
+        permitted: whether a patient's images may be fetched; what is not theirs to give, or nobody's by name, stays
+            where it is. None: everybody's are fetched, and the intake asks.
         dry_run: only counts.
 
     Raises:
@@ -158,6 +168,10 @@ def pull(
                 break
             if not usable(study):
                 counts["unlisted"] += 1
+                continue
+            whose = archive.patient(study)
+            if permitted is not None and (whose is None or not permitted(whose)):
+                counts["no_consent"] += 1
                 continue
             series_of = retry(partial(archive.series, study))
             counts["studies"] += 1
@@ -190,12 +204,12 @@ def pull(
                 if lost and (over or in_a_row >= _GIVE_UP_AFTER):
                     raise lost
     except ArchiveError as error:
-        if not counts["studies"] and not counts["unlisted"]:
+        if not (counts["studies"] or counts["unlisted"] or counts["no_consent"]):
             raise
         problem = str(error)
     if retry.stop.is_set():
         problem = problem or "It was stopped."
-    names = ("studies", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
+    names = ("studies", "no_consent", "series", "unlisted", "found", "retrieved", "already_known", "failed", "left")
     return Report(
         **{name: counts[name] for name in names}, modalities=modalities, new=new_of, reason=reason, problem=problem
     )

@@ -25,6 +25,7 @@ import io
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -137,6 +138,42 @@ def open_locator(folder: Path, key: bytes, locator: str) -> BinaryIO:
             its end, on reading for the blocks between.
     """
     return cast(BinaryIO, io.BufferedReader(_Opened(folder / _checked(locator), key), 1 << 16))
+
+
+def rekey(folder: Path, old: bytes, new: bytes) -> None:
+    """Wraps every file's key again, under a new wrapping key; the blocks and their time of modification stay.
+
+    May be stopped anywhere and called again: each file is there under its old name or its new one, or both.
+
+    Raises:
+        DataError: a file is under neither key; those before it are done.
+    """
+    for path in sorted(folder.glob("[0-9a-f][0-9a-f]/*.enc")):
+        with path.open("rb") as file:
+            try:
+                file_key, uid = _unwrap(old, path.name, file)
+            except DataError:
+                file.seek(0)
+                _unwrap(new, path.name, file)
+                continue
+            target = folder / _locator(new, uid)
+            if not target.exists():
+                if not target.parent.exists():
+                    target.parent.mkdir(mode=0o700)
+                    sync_folder(folder)
+                descriptor, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".part")
+                with os.fdopen(descriptor, "wb") as copy:
+                    fcntl.flock(copy, fcntl.LOCK_EX)
+                    copy.write(_MAGIC + _wrap(new, target.name, file_key, uid))
+                    shutil.copyfileobj(file, copy, BLOCK)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+                status = path.stat()
+                os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+                os.replace(part, target)
+                sync_folder(target.parent)
+        path.unlink()
+        sync_folder(path.parent)
 
 
 def drop(folder: Path, locator: str) -> bool:

@@ -39,10 +39,10 @@ def source(tmp_path):
     return make
 
 
-def retrieve(settings, folder, *, known=lambda uid: False, progress=lambda done, found: None, stop=None, dry_run=False):
+def retrieve(settings, folder, *, known=lambda uid: False, progress=lambda done, found: None, stop=None, **more):
     module = dicomweb if settings.kind == "dicomweb" else dimse
     stop = stop or threading.Event()
-    return module.retrieve(settings, Spool(folder, KEY), known=known, progress=progress, stop=stop, dry_run=dry_run)
+    return module.retrieve(settings, Spool(folder, KEY), known=known, progress=progress, stop=stop, **more)
 
 
 def received(folder):
@@ -107,6 +107,20 @@ def test_what_was_read_before_is_not_fetched_and_a_dry_run_changes_nothing(pacs,
     )
     assert (ingested.retrieved, ingested.already_known) == (CT_SLICES, ALL - CT_SLICES)
     assert {uid for uid in received(tmp_path / "spool")} == {uid for uid in instances if uid.startswith("1.2.99.7.1")}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_only_permitted_patients_are_asked_for(pacs, source, instances, tmp_path, kind):
+    chosen, asked = dcmread(next(iter(instances.values()))).PatientID, []
+    theirs = {uid for uid, path in instances.items() if dcmread(path).PatientID == chosen}
+
+    def permitted(patient):
+        asked.append(patient)
+        return patient.id == chosen
+
+    report = retrieve(source(kind, pacs), tmp_path / "spool", permitted=permitted)
+    assert set(received(tmp_path / "spool")) == theirs and report.found == len(theirs) < ALL
+    assert report.no_consent == len(asked) - report.studies > 0
 
 
 @pytest.mark.parametrize("kind", ("dicomweb", pytest.param("dimse-move", marks=pytest.mark.slow), "dimse-get"))

@@ -265,3 +265,36 @@ def test_memory_does_not_grow_with_the_object(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 8 * BLOCK
     finally:
         tracemalloc.stop()
+
+
+def test_a_new_wrapping_key_opens_everything_and_the_old_one_nothing(tmp_path, monkeypatch):
+    other = b"o" * 32
+    three_blocks(tmp_path)
+    spool.put(tmp_path, KEY, b"another", UID + ".1")
+
+    def contents(key):
+        return {(it.stamp, it.open().read()) for it in spool.found(tmp_path, key)}
+
+    before = contents(KEY)
+    real, calls = os.replace, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        spool.rekey(tmp_path, KEY, other)
+    monkeypatch.undo()
+    spool.clean(tmp_path)
+    spool.rekey(tmp_path, KEY, other)
+    assert contents(other) == before and len(list(spool.found(tmp_path, other))) == 2
+    assert spool.has(tmp_path, other, UID) and not spool.has(tmp_path, KEY, UID)
+    for it in spool.found(tmp_path, KEY):
+        with pytest.raises(DataError):
+            it.open().read()
+    with pytest.raises(DataError):
+        spool.rekey(tmp_path, KEY, b"x" * 32)
+    assert not list(tmp_path.rglob("*.part"))
