@@ -13,7 +13,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pydicom
 from pydicom.dataset import FileDataset
@@ -59,7 +59,7 @@ def whole(stream: BinaryIO, size: int) -> FileDataset:
 
 
 class _Stop(BaseException):
-    """Why reading ends here: not an Exception, so that nobody on the way takes it for the end of the file."""
+    """Reading ends here. Not an Exception, which somebody on the way could take for the end of the file."""
 
 
 class _Bounded:
@@ -68,6 +68,7 @@ class _Bounded:
     def __init__(self, stream: BinaryIO, size: int, limit: int) -> None:
         """Takes the stream, its bytes, and how many of them may be read."""
         self.stream, self.limit = stream, limit
+        self.stopped = ""  # the reason, where this ended it
         self._size, self._left, self._reads = size, limit, _READS
         self._read, self.seek, self.tell = stream.read, stream.seek, stream.tell
 
@@ -79,11 +80,13 @@ class _Bounded:
         self._left -= count
         self._reads -= 1
         if self._left < 0 or self._reads < 0:
-            raise _Stop("too_large")
+            self.stopped = self.stopped or "too_large"
+            raise _Stop
         try:
             data = self._read(count)
         except OSError:
-            raise _Stop("unreadable") from None
+            self.stopped = "unreadable"
+            raise _Stop from None
         if data[:4] in _ITEM_TAGS:
             self._reads -= 3
         return data
@@ -95,17 +98,18 @@ class _Bounded:
 
 
 def _parsed(stream: "_Bounded", *, pixels: bool, tags: Sequence[str] | None) -> FileDataset:
+    source = stream
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they quote header values
             source, deflated = _inflated(stream)
-            ds = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=list(tags) if tags else None)
+            ds = pydicom.dcmread(
+                cast(BinaryIO, source), stop_before_pixels=not pixels, specific_tags=list(tags) if tags else None
+            )
             if deflated:
                 ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    except _Stop as stop:
-        raise Refused(stop.args[0]) from None
-    except Exception:  # a hostile file can raise anything, RecursionError and MemoryError included
-        raise Refused("not_dicom") from None
+    except (_Stop, Exception):  # a hostile file can raise anything, RecursionError and MemoryError included
+        raise Refused(source.stopped or "not_dicom") from None
     ds.buffer = None  # pydicom keeps the file it read from
     values = [e.value for e in ds.values() if e.tag.group != 0x7FE0 and isinstance(e.value, bytes)]
     items = sum(value.count(tag) for value in values for tag in _ITEM_TAGS)
@@ -114,7 +118,7 @@ def _parsed(stream: "_Bounded", *, pixels: bool, tags: Sequence[str] | None) -> 
     return ds
 
 
-def _inflated(stream: _Bounded) -> tuple[BinaryIO, bool]:
+def _inflated(stream: _Bounded) -> tuple[_Bounded, bool]:
     """The stream from its start, and whether its data set was deflated, which it then is no longer."""
     start = stream.read(132)
     if start[128:] != b"DICM":
@@ -131,7 +135,7 @@ def _inflated(stream: _Bounded) -> tuple[BinaryIO, bool]:
     end = stream.tell() - len(head)
     stream.seek(0)
     if syntax != DeflatedExplicitVRLittleEndian.encode():
-        return stream, False  # type: ignore[return-value]
+        return stream, False
     plain = io.BytesIO()
     plain.write(stream.read(end))
     plain.seek(where)
@@ -143,7 +147,8 @@ def _inflated(stream: _Bounded) -> tuple[BinaryIO, bool]:
             plain.write(unpack.decompress(packed, 2**20))
             packed = unpack.unconsumed_tail
             if plain.tell() > INFLATED_BYTES:
-                raise _Stop("too_large")
+                stream.stopped = "too_large"
+                raise _Stop
     size = plain.tell()
     plain.seek(0)
-    return _Bounded(plain, size, stream.limit), True  # type: ignore[return-value]
+    return _Bounded(plain, size, stream.limit), True

@@ -1,6 +1,7 @@
 """The child process: it answers, it dies, it is replaced, and it knows nothing."""
 
 import os
+import resource
 import time
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_it_is_ended_by_its_alarm(child, monkeypatch):
 
 def test_it_knows_no_secret_and_may_not_take_more_than_its_memory(child):
     os.environ["FEDSCAN_CANARY_KEY"] = "secret"
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     try:
         decoders.close()
         decoders.decode("pillow", jpeg(), JOB)
@@ -74,6 +77,7 @@ def test_it_knows_no_secret_and_may_not_take_more_than_its_memory(child):
         assert decoders.MEMORY < int(limits["Max address space"]) < 2 * decoders.MEMORY
     finally:
         del os.environ["FEDSCAN_CANARY_KEY"]
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
 
 
 def test_it_ends_with_us(child):
