@@ -44,13 +44,11 @@ class Intake(BaseModel):
     Attributes:
         labels: the label table, see `intake.labels`.
         project: pseudonyms of two projects cannot be linked. Another name makes other patients: ingest anew.
-        gpl_decoders: use pylibjpeg-libjpeg (GPL) where it is installed, for 12-bit JPEG.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     labels: Path
     project: str = Field(default="fedscan", min_length=1)
-    gpl_decoders: bool = False
 
 
 class Site(BaseModel):

@@ -18,7 +18,7 @@ from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Intake, Site
 from fedscan_core.errors import DataError
 
-PIXELS = {
+PIXELS: dict[str, np.ndarray] = {
     "grey.png": np.arange(20 * 24, dtype=np.uint8).reshape(20, 24),
     "deep.png": (np.arange(20 * 24, dtype=np.uint16) * 130).reshape(20, 24),
     "colour.png": np.arange(20 * 24 * 3, dtype=np.uint32).reshape(20, 24, 3).astype(np.uint8),

@@ -1,13 +1,14 @@
 """Consent at every round: who withdrew, or whose consent ended, is out of the next; a stale register trains nobody."""
 
 from datetime import date, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Message
 
 from fedscan.grid import InlineGrid
-from fedscan_client import app, consent, eligible, keys, train
+from fedscan_client import consent, eligible, keys, train
 from fedscan_client.app import make_app
 from fedscan_client.dp import ledger_file
 from fedscan_client.intake import cache, deid
@@ -38,8 +39,8 @@ def here(make_site, tmp_path):
     here = here.model_copy(
         update={
             "source": {"source": Folder(kind="folder", folder=tmp_path / "pacs")},
-            "consent": consent.Settings(kind="register", path="consent.csv"),
-            "intake": Intake(labels="labels.csv"),
+            "consent": consent.Settings(kind="register", path=Path("consent.csv")),
+            "intake": Intake(labels=Path("labels.csv")),
         }
     )
     keys.put(here.folder, here.key, SECRET, "test")
@@ -62,7 +63,7 @@ def took_part(monkeypatch):
         seen.append(patients.ids)
         return real(module, patients, *args, **kwargs)
 
-    monkeypatch.setattr(app.train, "train_round", watched)
+    monkeypatch.setattr(train, "train_round", watched)
     return seen
 
 

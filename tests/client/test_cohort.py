@@ -212,9 +212,10 @@ def cached_site(make_site, folder, patients):
     return site
 
 
-def radiograph(seed, **changes):
-    values = np.random.default_rng(seed).integers(0, 256, (1, 16, 16), np.uint8)
-    return Volume(**({"values": values, "modality": "DX", "windows": (Window(128, 256),)} | changes))
+def radiograph(seed):
+    return Volume(
+        np.random.default_rng(seed).integers(0, 256, (1, 16, 16), np.uint8), "DX", windows=(Window(128, 256),)
+    )
 
 
 def test_the_encrypted_cache_gives_each_patient_a_split_by_the_sites_key(make_site, make_run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from fedscan_client import site
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.gate.policy import Policy
-from fedscan_client.intake.sources.settings import Table
+from fedscan_client.intake.sources.settings import Folder, Table
 from fedscan_client.site import Site
 from fedscan_core.errors import ConfigError
 
@@ -109,7 +109,8 @@ def test_sources_may_have_names_and_a_table_stands_alone(tmp_path):
     (tmp_path / site.FILE).write_text(two)
     here = site.load(tmp_path / site.FILE)  # the file itself will do
     assert set(here.source) == {"archive", "routed"} and here.table is None
-    assert here.source["routed"].folder == tmp_path / "in"  # from the site's folder
+    routed = here.source["routed"]
+    assert isinstance(routed, Folder) and routed.folder == tmp_path / "in"  # from the site's folder
     site.save(here)
     assert site.load(tmp_path) == here
     (tmp_path / site.FILE).write_text(two.replace('kind = "folder"\nfolder = "in"', 'kind = "table"\nfolder = "in"'))

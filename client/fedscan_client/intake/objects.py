@@ -106,8 +106,15 @@ def rewrapped(site_folder: Path) -> list[Callable[[SiteKey], None]]:
 
     Each may be called again after a crash.
     """
-    places = ((index.rekey, site_folder), (quarantine.rekey, site_folder), (spool.rekey, site_folder / "spool"))
-    return [lambda key, it=it, at=at: it(at, key.wrapping, key.after().wrapping) for it, at in places]
+
+    def again(rekey: Callable[[Path, bytes, bytes], None], folder: Path) -> Callable[[SiteKey], None]:
+        return lambda key: rekey(folder, key.wrapping, key.after().wrapping)
+
+    return [
+        again(index.rekey, site_folder),
+        again(quarantine.rekey, site_folder),
+        again(spool.rekey, site_folder / "spool"),
+    ]
 
 
 def _named(name: str, item: Found) -> Found:

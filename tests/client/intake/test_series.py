@@ -1,5 +1,6 @@
 """One series through the door: labels, mixed-up identities, what waits for a person, and spoilt files."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from datetime import date
@@ -79,13 +80,13 @@ def test_an_image_that_waits_is_let_in_by_a_person_or_by_a_rule(door, cr_instanc
     (item,) = quarantine.items(site.folder)
     assert item.waiting == 1 and cache.patients(site.cache) == []
     box = Rectangle(0, 0, 2, 6)
-    told = {"by": "A. Person", "why": "name in the top rows"}
-    quarantine.decide(site.folder, door.KEY.wrapping, item.id, "blackout", rectangles=[box], **told)
+    decide = functools.partial(quarantine.decide, site.folder, door.KEY.wrapping, item.id, by="A. Person", why="a name")
+    decide("blackout", rectangles=[box])
     assert door.run(site).instances("accepted") == 1
     ((entry, pixels),) = door.contents(site)[door.name("A-1")]
     values = np.frombuffer(pixels, entry.dtype).reshape(entry.shape)
     assert not values[0, :2].any() and values[0, 2:].any()
-    quarantine.decide(site.folder, door.KEY.wrapping, item.id, "rejected", **told)
+    decide("rejected")
     assert door.run(site).instances("accepted") == 0 and cache.patients(site.cache) == []
 
     rule = Rule.model_validate(
@@ -100,7 +101,12 @@ def test_the_second_alarm_sets_aside_and_a_person_overrules_it(door, cr_instance
     door.lists(tmp_path, ["A-1"], "study_uid,label\n1.2,1\n")
     save(cr_instance(), tmp_path / "dicom/a")
     looked = []
-    monkeypatch.setattr(ocr, "alarm", lambda frame: looked.append(frame.shape) or True)
+
+    def alarm(frame):
+        looked.append(frame.shape)
+        return True
+
+    monkeypatch.setattr(ocr, "alarm", alarm)
     site = door.site(tmp_path, tmp_path / "site", quarantine=QuarantineSettings(ocr="sample"))
     assert door.run(site).reasons("quarantined") == {"text_seen": 1} and looked == [(4, 6)]
     (item,) = quarantine.items(site.folder)

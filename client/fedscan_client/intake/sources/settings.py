@@ -87,13 +87,6 @@ class Table(Section):
     folder: SitePath
 
 
-class Cache(Section):
-    """The encrypted cache as it is."""
-
-    kind: Literal["cache"]
-    folder: SitePath
-
-
 class Filter(Section):
     """What a PACS is asked for; all of it has to match."""
 
@@ -216,11 +209,10 @@ class DimseStore(Section):
     timeout_seconds: Seconds = 60.0
 
 
-Source = Folder | Table | Cache | DicomWeb | DimseMove | DimseGet | DimseStore
+Source = Folder | Table | DicomWeb | DimseMove | DimseGet | DimseStore
 _KINDS: dict[str, type[Section]] = {
     "folder": Folder,
     "table": Table,
-    "cache": Cache,
     "dicomweb": DicomWeb,
     "dimse-move": DimseMove,
     "dimse-get": DimseGet,
