@@ -54,7 +54,8 @@ def test_help_and_version_answer_at_once(tmp_path):
 
 
 def test_every_command_teaches_by_example(capsys):
-    for command in ("simulate", "config", "phantom", "agent ledger"):
+    topics = ("ledger", "ingest", "pull", "listen", "key backup", "quarantine", "patient show", "consent check")
+    for command in ("simulate", "config", "phantom", "phantom from-table", *(f"agent {topic}" for topic in topics)):
         code, out, _ = call(*command.split(), "--help", capsys=capsys)
         assert code == 0
         assert f"\n  fedscan {command} " in out
@@ -62,7 +63,7 @@ def test_every_command_teaches_by_example(capsys):
 
 def test_every_command_is_in_the_readme():
     readme = (CONFIGS.parent / "README.md").read_text()
-    for command in ("simulate", "config", "phantom", "agent ledger"):
+    for command in ("simulate", "config", "phantom", "agent ledger", "agent ingest", "agent pull", "agent patient"):
         assert f"fedscan {command}" in readme
 
 

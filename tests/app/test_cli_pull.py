@@ -65,7 +65,7 @@ def run(*arguments):
 
 @pytest.fixture
 def pacs(monkeypatch):
-    """A PACS in place of the DICOMweb one: two studies of permitted patients, three of others. The UIDs that it refuses."""
+    """A PACS of two studies of permitted patients and three of others. Gives the UIDs that it refuses."""
     refused = set[str]()
 
     def make(settings, session, where, retry):

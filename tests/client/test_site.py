@@ -1,5 +1,7 @@
 """site.toml: read back as written, and refused with the key that is wrong."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,15 @@ def test_sources_may_have_names_and_a_table_stands_alone(tmp_path):
     (tmp_path / site.FILE).write_text(two.replace('kind = "folder"\nfolder = "in"', 'kind = "table"\nfolder = "in"'))
     with pytest.raises(ConfigError, match="stands alone"):
         site.load(tmp_path)
+
+
+def test_the_file_that_is_deployed_has_every_section(tmp_path):
+    text = (Path(__file__).parents[2] / "client/deploy/site.toml").read_text()
+    (tmp_path / site.FILE).write_text(text)
+    here = site.load(tmp_path)
+    assert here.consent and here.intake and here.intake.project == "chest-2026" and here.table is None
+    said = tomllib.loads(text)
+    assert set(said) == set(Site.model_fields) - {"folder", "counter"}
+    commented = re.sub(r"(?m)^# (issuer = )", r"\1", text)
+    (tmp_path / site.FILE).write_text(commented)
+    assert site.load(tmp_path).issuer == "HOSPITAL-A"

@@ -104,9 +104,9 @@ def test_local_http_may_carry_a_password(tmp_path):
         assert parse({**WEB, "url": f"http://{host}:8042/x", "token_env": "T"}, tmp_path)
 
 
-def test_the_example_of_the_readme_is_right(tmp_path):
-    text = (Path(__file__).parents[4] / "client/README.md").read_text()
-    example = text.split("## From a PACS", 1)[1].split("```toml\n", 1)[1].split("```", 1)[0]
+def test_the_example_of_the_docs_is_right(tmp_path):
+    text = (Path(__file__).parents[4] / "client/docs/sources.md").read_text()
+    example = text.split("```toml\n", 1)[1].split("```", 1)[0]
     sources = parse(tomllib.loads(example)["source"], tmp_path)
     assert {source.kind for source in sources.values()} == {"dicomweb", "dimse-move", "dimse-store", "folder"}
     commented = "\n".join(line.removeprefix("# ") for line in example.splitlines())
