@@ -113,7 +113,7 @@ def instance(
     ds.StudyInstanceUID = study_uid(person, study)
     ds.SeriesInstanceUID = _uid(name, person.seed, mrn, study, "series")
     ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = day.strftime("%Y%m%d")
-    ds.StudyTime = ds.ContentTime = f"{8 + number % 9:02d}{number % 60:02d}{image:02d}"
+    ds.StudyTime = ds.ContentTime = f"{8 + number % 9:02d}{number % 60:02d}{image % 60:02d}"
     ds.AccessionNumber = f"ACC{_digest(name, person.seed, mrn, study) % 10**10:010d}"
     ds.Modality = modality
     ds.Manufacturer = f"{person.maker} Imaging"
