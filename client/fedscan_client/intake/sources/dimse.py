@@ -16,7 +16,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.uid import AllTransferSyntaxes
-from pynetdicom import AE, DEFAULT_TRANSFER_SYNTAXES, AllStoragePresentationContexts, build_role, evt
+from pynetdicom import AE, DEFAULT_TRANSFER_SYNTAXES, build_role, evt
 from pynetdicom.association import Association
 
 from fedscan_client.intake.records import PatientId
@@ -279,8 +279,7 @@ def _storage_contexts(group: Sequence[Instance]) -> Contexts:
     if all(classes):
         return [(uid, (syntax,)) for uid in sorted(classes) for syntax in AllTransferSyntaxes]
     # The PACS did not say what they are: it has to choose one transfer syntax for each class there is.
-    storage = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
-    return [(uid, AllTransferSyntaxes) for uid in storage[:_ROOM]]
+    return [(uid, AllTransferSyntaxes) for uid in scp.STORAGE[:_ROOM]]
 
 
 def _identifier(study: str, series: str, uids: Sequence[str]) -> Dataset:

@@ -29,6 +29,8 @@ from pydicom.uid import UID, AllTransferSyntaxes
 from pynetdicom import AE, DEFAULT_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
 from pynetdicom.dsutils import encode_file_meta
 from pynetdicom.presentation import PresentationContext
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid
 from pynetdicom.transport import ThreadedAssociationServer
 
 from fedscan_client.intake.sources import spool as spools
@@ -40,6 +42,12 @@ from fedscan_core.errors import ConfigError, DataError
 # Status codes of C-STORE: PS3.4 table B.2-1 and PS3.7 annex C.
 SUCCESS, NOT_UNDERSTOOD, OUT_OF_RESOURCES, PROCESSING_FAILURE = 0x0000, 0xC000, 0xA700, 0x0110
 _VERIFICATION = "1.2.840.10008.1.1"  # C-ECHO
+# Storage SOP classes (PS3.4 annex B.5), and the retired ones of images that old archives still send: ultrasound (also
+# multi-frame), nuclear medicine, biplane angiography, visible light.
+_RETIRED = tuple(f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("3", "5", "6", "12.3", "77.1", "77.2"))
+STORAGE = (*(str(context.abstract_syntax) for context in AllStoragePresentationContexts), *_RETIRED)
+for _uid in _RETIRED:  # pynetdicom would not know what to do with them
+    register_uid(_uid, "RetiredImageStorage" + _uid.replace(".", "_"), StorageServiceClass)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -140,14 +148,12 @@ def listening(
 
 @functools.cache
 def _contexts() -> list[PresentationContext]:
-    """Every storage SOP class in every transfer syntax, and C-ECHO."""
+    """Every SOP class of `STORAGE` in every transfer syntax, and C-ECHO."""
     contexts: list[PresentationContext] = []
-    storage: list[tuple[Any, Any]] = [
-        (context.abstract_syntax, AllTransferSyntaxes) for context in AllStoragePresentationContexts
-    ]
-    for abstract, transfer in [(UID(_VERIFICATION), DEFAULT_TRANSFER_SYNTAXES), *storage]:
+    for uid in (_VERIFICATION, *STORAGE):
         context = _Context()
-        context.abstract_syntax, context.transfer_syntax = abstract, list(transfer)
+        context.abstract_syntax = UID(uid)
+        context.transfer_syntax = list(DEFAULT_TRANSFER_SYNTAXES if uid == _VERIFICATION else AllTransferSyntaxes)
         contexts.append(context)
     return contexts
 

@@ -57,7 +57,12 @@ def associated(port, *, ours="PACS", theirs="FEDSCAN", source="127.0.0.1", tls=N
     ae = AE(ours)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 5
     ae.add_requested_context("1.2.840.10008.1.1")  # C-ECHO
-    for storage in ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.2"):
+    for storage in (
+        "1.2.840.10008.5.1.4.1.1.1",
+        "1.2.840.10008.5.1.4.1.1.1.1",
+        "1.2.840.10008.5.1.4.1.1.2",
+        "1.2.840.10008.5.1.4.1.1.6",
+    ):
         ae.add_requested_context(storage, syntax)
     association = ae.associate("127.0.0.1", port, ae_title=theirs, bind_address=(source, 0), tls_args=tls)
     try:
@@ -100,6 +105,15 @@ def test_it_stores_what_was_sent_byte_by_byte(listening, collection, tmp_path, s
     again = dcmread(tmp_path / "check")
     assert again.file_meta.TransferSyntaxUID == syntax and again.file_meta.MediaStorageSOPInstanceUID
     assert again == ds
+
+
+def test_retired_kinds_of_images_are_taken_too(listening, collection, tmp_path):
+    port, counts = listening()
+    ds = dcmread(collection / "ct1-0.dcm")
+    ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.6"  # Ultrasound Image Storage, retired 1993
+    with associated(port) as association:
+        assert association.send_c_store(ds).Status == 0
+    assert counts == {"stored": 1} and len(objects(tmp_path)) == 1
 
 
 def test_what_is_stored_is_what_pynetdicom_would_write(collection, tmp_path):
