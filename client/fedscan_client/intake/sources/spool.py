@@ -30,7 +30,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -196,31 +195,6 @@ def clean(folder: Path) -> int:
             part.unlink()
             removed += 1
     return removed
-
-
-def reseal(folder: Path, old: bytes, new: bytes) -> int:
-    """Moves every object from one wrapping key to another, and says how many; run it again if it was interrupted.
-
-    Nobody else may use the spool meanwhile.
-
-    Raises:
-        DataError: an object belongs to neither key.
-    """
-    moved = 0
-    for each in list(found(folder, old)):
-        path = folder / each.locator
-        with path.open("rb") as head:
-            try:
-                uid = _unwrap(old, path.name, head)[1]
-            except DataError:
-                head.seek(0)
-                _unwrap(new, path.name, head)
-                continue
-        with each.open() as file:
-            put(folder, new, iter(partial(file.read, BLOCK), b""), uid)
-        drop(folder, each.locator)
-        moved += 1
-    return moved
 
 
 # -------------------------------------------------------------------------------------------------------------- names

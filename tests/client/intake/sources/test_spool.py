@@ -219,20 +219,6 @@ def test_uids_that_are_none(tmp_path):
         spool.open_locator(tmp_path, KEY, "ab/" + "ab" * 20 + ".enc")
 
 
-def test_another_wrapping_key(tmp_path):
-    new = b"n" * 32
-    for number in range(3):
-        spool.put(tmp_path, KEY, noise(BLOCK + number), f"{UID}.{number}")
-    spool.put(tmp_path, new, b"moved before the interruption", f"{UID}.9")
-    assert spool.reseal(tmp_path, KEY, new) == 3
-    assert spool.reseal(tmp_path, KEY, new) == 0
-    assert sorted(found.size for found in spool.found(tmp_path, new)) == [29, BLOCK, BLOCK + 1, BLOCK + 2]
-    assert all(found.open().read() for found in spool.found(tmp_path, new))
-    assert all(spool.has(tmp_path, new, f"{UID}.{number}") for number in (0, 1, 2, 9))
-    with pytest.raises(DataError):
-        spool.reseal(tmp_path, KEY, b"w" * 32)
-
-
 def test_an_object_is_on_disk_before_it_has_its_name_and_the_name_before_put_returns(tmp_path, monkeypatch):
     done = []
     real_sync, real_link = os.fsync, os.link
