@@ -111,7 +111,10 @@ def _patient(work: Work, name: str, register: Register, today: date, tallies: Ta
         )
         if not work.dry:
             objects.destroy(site, name)
-            objects.drop_spooled(site, [row for _, rows in everything for row in rows])
+            # What another patient claims as well stays: its absence would settle whose it is.
+            clashing = work.index.clashing(name)
+            headers = [row for _, rows in everything for row in rows]
+            objects.drop_spooled(site, [row for row in headers if not clashing & series.uids(row)])
         return False
 
     counted: dict[tuple[str, str], Counts] = {}

@@ -93,16 +93,16 @@ def pieces(
     chosen: list[Pair] = []
     seen: set[str] = set()
     for row in rows:
-        about, label = row.header, work.labels.of(row.header)
-        if clashing & {about.study, about.series, about.instance}:
+        label = work.labels.of(row.header)
+        if clashing & uids(row):
             counts["refused", "uid_on_two_patients"] += 1
-        elif about.instance in seen:
+        elif row.header.instance in seen:
             counts["refused", "duplicate"] += 1
         elif label is None:
             counts["unlabelled", ""] += 1
         else:
             chosen.append((row, label))
-            seen.add(about.instance)
+            seen.add(row.header.instance)
     together = len({label.label for _, label in chosen}) == 1 and not counts["unlabelled", ""]
     looks = work.site.quarantine.ocr != "off"
     decided = {row.header.instance: _decision(work, row) for row, _ in chosen if looks or row.header.review}
@@ -124,6 +124,11 @@ def pieces(
     if not work.dry:
         lines = [[outcome, reason, count] for (outcome, reason), count in sorted(became.items())]
         work.index.settle(uid, patient, digest, {"entries": made, "counts": lines})
+
+
+def uids(row: Row) -> frozenset[str]:
+    """Names of an object's study, series and instance."""
+    return frozenset((row.header.study, row.header.series, row.header.instance))
 
 
 def _assembled(
