@@ -148,7 +148,7 @@ def rotate(arguments: argparse.Namespace) -> int:
     def progress(names: Sequence[str]) -> Iterable[str]:
         return track(names, "wrapping patients' keys", console=Console(stderr=True), transient=True)
 
-    if key_rotation.rotate(site, settings, cache, also=objects.rewrapped(site), progress=progress):
+    if key_rotation.rotate(site, settings, cache, also=[objects.rewrapped(site)], progress=progress):
         print(f"The site's key is now {keys.load(site, settings).key_id}; the old one opens nothing here any more.")
         print(f"Make a new backup: fedscan agent key backup {site} FILE")
     else:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -179,16 +179,17 @@ class Index:
         """The objects set aside for their header alone."""
         yield from self._rows("reason <> ''", ())
 
-    def rekey(self, after: "Index") -> None:
-        """Moves every row to `after`, the same file under another wrapping key."""
-        moved = []
+    def rekey(self, after: "Index", moved: Mapping[str, str]) -> None:
+        """Moves every row to `after`, the same file under another wrapping key; see the function `rekey`."""
+        changed = []
         for place, sealed in self._db.execute("SELECT place, locator FROM object"):
-            locator = self._opened(place, sealed)
-            if locator is not None:
-                moved.append((*after._sealed(locator), place))
-            elif after._opened(place, sealed) is None:
+            ours, theirs = self._opened(place, sealed), after._opened(place, sealed)
+            locator = theirs if ours is None else ours
+            if locator is None:
                 raise DataError("The intake's index is under neither key.", remedy=f"Remove {FILE} and ingest again.")
-        self._db.executemany("UPDATE object SET place = ?, locator = ? WHERE place = ?", moved)
+            if ours is not None or locator in moved:
+                changed.append((*after._sealed(moved.get(locator, locator)), place))
+        self._db.executemany("UPDATE object SET place = ?, locator = ? WHERE place = ?", changed)
 
     def _sealed(self, locator: str) -> tuple[bytes, bytes]:
         place, nonce = self._place(locator), secrets.token_bytes(_NONCE)
@@ -250,8 +251,14 @@ def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Inde
         ) from None
 
 
-def rekey(folder: Path, old: bytes, new: bytes) -> None:
+def rekey(folder: Path, old: bytes, new: bytes, moved: Mapping[str, str]) -> None:
     """Seals every place again under a new wrapping key, in one transaction; what is under it already stays.
+
+    Args:
+        folder: the site's.
+        old: the wrapping key so far.
+        new: the one from now on.
+        moved: locators that have become others.
 
     Raises:
         DataError: the file is not an index, or holds something under neither key; nothing was changed.
@@ -259,7 +266,7 @@ def rekey(folder: Path, old: bytes, new: bytes) -> None:
     if not (folder / FILE).exists():
         return
     with opened(folder, old) as before:
-        before.rekey(Index(before._db, new))
+        before.rekey(Index(before._db, new), moved)
 
 
 def _connect(path: Path, dry: bool) -> sqlite3.Connection:

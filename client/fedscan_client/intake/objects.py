@@ -101,20 +101,20 @@ def everything_of(site: Site, key: SiteKey, patient: str, *, destroy: bool) -> d
     return counts
 
 
-def rewrapped(site_folder: Path) -> list[Callable[[SiteKey], None]]:
-    """What is under the site's wrapping key outside the cache, for `key_rotation.rotate`: index, quarantine, spool.
+def rewrapped(site_folder: Path) -> Callable[[SiteKey], None]:
+    """For `key_rotation.rotate`: what is under the site's wrapping key outside the cache (spool, index, quarantine).
 
-    Each may be called again after a crash.
+    May be called again after a crash.
     """
 
-    def again(rekey: Callable[[Path, bytes, bytes], None], folder: Path) -> Callable[[SiteKey], None]:
-        return lambda key: rekey(folder, key.wrapping, key.after().wrapping)
+    def again(key: SiteKey) -> None:
+        old, new = key.wrapping, key.after().wrapping
+        renamed = spool.rekey(site_folder / "spool", old, new)
+        moved = {f"{_SPOOL}\n{before}": f"{_SPOOL}\n{after}" for before, after in renamed.items()}
+        index.rekey(site_folder, old, new, moved)
+        quarantine.rekey(site_folder, old, new, moved)
 
-    return [
-        again(index.rekey, site_folder),
-        again(quarantine.rekey, site_folder),
-        again(spool.rekey, site_folder / "spool"),
-    ]
+    return again
 
 
 def _named(name: str, item: Found) -> Found:

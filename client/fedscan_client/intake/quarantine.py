@@ -198,8 +198,8 @@ def remove_patient(folder: Path, patient: str) -> int:
     return gone
 
 
-def rekey(folder: Path, old: bytes, new: bytes) -> None:
-    """Seals everything again under a new wrapping key, in one transaction; what is under it already stays.
+def rekey(folder: Path, old: bytes, new: bytes, moved: Mapping[str, str]) -> None:
+    """Seals everything again under a new wrapping key, in one transaction; locators in `moved` become others.
 
     Raises:
         DataError: something was sealed under neither; nothing was changed.
@@ -209,10 +209,10 @@ def rekey(folder: Path, old: bytes, new: bytes) -> None:
 
     def again(blob: bytes, bound: str) -> bytes:
         try:
-            return seal(new, unseal(old, blob, bound), bound)
-        except DataError:
-            unseal(new, blob, bound)
-            return blob
+            text = unseal(old, blob, bound)
+        except DataError:  # by a rotation that was stopped
+            text = unseal(new, blob, bound)
+        return seal(new, moved.get(text, text) if bound.startswith("locator ") else text, bound)
 
     with writing(folder) as db:
         for instance, blob in db.execute("SELECT instance, locator FROM instances").fetchall():

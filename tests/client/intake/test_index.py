@@ -147,12 +147,12 @@ def test_a_new_wrapping_key_knows_what_the_old_one_knew(tmp_path: Path) -> None:
         seen.put("a", "1", header("p", instance="1"))
         seen.put("b", "1", header("p", instance="2"))
     for _ in range(2):  # a crash repeats it
-        index.rekey(tmp_path, KEY, OTHER)
+        index.rekey(tmp_path, KEY, OTHER, {"b": "moved"})
     with index.opened(tmp_path, OTHER) as seen:
-        assert seen.seen("a", "1") and seen.seen("b", "1") and seen.count() == 2
-        assert [row.locator for _, rows in seen.series("p") for row in rows] == ["a", "b"]
+        assert seen.seen("a", "1") and seen.seen("moved", "1") and seen.count() == 2
+        assert [row.locator for _, rows in seen.series("p") for row in rows] == ["a", "moved"]
     with index.opened(tmp_path, KEY) as seen:
         assert not seen.seen("a", "1")
     with pytest.raises(DataError, match="neither"):
-        index.rekey(tmp_path, KEY, b"x" * 32)
-    index.rekey(tmp_path / "nothing", KEY, OTHER)
+        index.rekey(tmp_path, KEY, b"x" * 32, {})
+    index.rekey(tmp_path / "nothing", KEY, OTHER, {})

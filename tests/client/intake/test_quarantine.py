@@ -206,11 +206,11 @@ def test_a_sealed_place_belongs_to_its_row_and_key(tmp_path):
 def test_a_new_wrapping_key_seals_everything_again_or_nothing(tmp_path):
     id = filled(tmp_path)
     decide(tmp_path, id)
-    quarantine.rekey(tmp_path, KEY, OTHER)
+    quarantine.rekey(tmp_path, KEY, OTHER, {})
     assert len(quarantine.held(tmp_path, OTHER, id)) == 2 and quarantine.why(tmp_path, OTHER, id) == "no text"
     assert quarantine.get(tmp_path, id).id == id and ask(tmp_path) == ()
     with pytest.raises(DataError):
-        quarantine.rekey(tmp_path, KEY, b"n" * 32)
+        quarantine.rekey(tmp_path, KEY, b"n" * 32, {})
     assert len(quarantine.held(tmp_path, OTHER, id)) == 2
 
 
@@ -244,7 +244,7 @@ def test_what_is_gone_from_the_source_is_dropped_but_a_decision_stays(tmp_path):
 
 def test_no_quarantine_is_no_error_and_no_file(tmp_path):
     assert quarantine.remove_patient(tmp_path, "p") == 0
-    quarantine.rekey(tmp_path, KEY, OTHER)
+    quarantine.rekey(tmp_path, KEY, OTHER, {})
     with pytest.raises(DataError, match="no item"):
         quarantine.get(tmp_path, "abcd")
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from fedscan_client.app import make_app
 from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache, objects, quarantine
 from fedscan_client.intake.sources import spool
-from fedscan_client.intake.sources.settings import DimseStore, Folder
+from fedscan_client.intake.sources.settings import Folder, parse
 from fedscan_core import config, wire
 from fedscan_core.wire import Request
 from fedscan_models import registry
@@ -57,9 +57,10 @@ def test_real_series_become_a_cohort_that_trains(door, make_run, tmp_path):
 def spooled(door, cr_instance, save, tmp_path):
     """A site to which a PACS sent three images: one accepted, one that waits, one of somebody who did not consent."""
     door.lists(tmp_path, ["A-1"], "study_uid,label\n1.2,1\n")
-    peer = {"ae_title": "PACS", "address": "127.0.0.1"}
-    source = DimseStore(kind="dimse-store", listen_address="127.0.0.1", listen_port=0, allow=(peer,))
-    site = door.site(tmp_path, tmp_path / "site", source={"routed": source})
+    tree = {"kind": "dimse-store", "listen_address": "127.0.0.1", "listen_port": 0}
+    tree |= {"allow": [{"ae_title": "PACS", "address": "127.0.0.1"}]}
+    source = parse(tree, tmp_path)
+    site = door.site(tmp_path, tmp_path / "site", source=source)
     other = {"PatientID": "B", "StudyInstanceUID": "9.2", "SeriesInstanceUID": "9.3"}
     for number, changes in enumerate(({}, {"BurnedInAnnotation": "YES"}, other)):
         uid = f"1.2.3.{number}"
@@ -82,7 +83,7 @@ def test_a_rotation_loses_nothing_and_nothing_is_read_again(door, cr_instance, s
     door.run(site)
     (item,) = quarantine.items(site.folder)
     before = door.contents(site)
-    assert key_rotation.rotate(site.folder, site.key, site.cache, also=objects.rewrapped(site.folder))
+    assert key_rotation.rotate(site.folder, site.key, site.cache, also=[objects.rewrapped(site.folder)])
     key = keys.load(site.folder, site.key)
     assert key.names == door.KEY.names and key.wrapping != door.KEY.wrapping
     report = door.run(site)

@@ -139,22 +139,26 @@ def open_locator(folder: Path, key: bytes, locator: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_Opened(folder / _checked(locator), key), 1 << 16))
 
 
-def rekey(folder: Path, old: bytes, new: bytes) -> None:
+def rekey(folder: Path, old: bytes, new: bytes) -> dict[str, str]:
     """Wraps every file's key again, under a new wrapping key; the blocks and their time of modification stay.
 
-    May be stopped anywhere and called again: each file is there under its old name or its new one, or both.
+    May be stopped anywhere and called again: each file is there under its old name or its new one, or both. Returns
+    the new locator of every old one, also of those that were moved before.
 
     Raises:
         DataError: a file is under neither key; those before it are done.
     """
+    moved: dict[str, str] = {}
     for path in sorted(folder.glob("[0-9a-f][0-9a-f]/*.enc")):
         with path.open("rb") as file:
             try:
                 file_key, uid = _unwrap(old, path.name, file)
             except DataError:
                 file.seek(0)
-                _unwrap(new, path.name, file)
+                _, uid = _unwrap(new, path.name, file)
+                moved[_locator(old, uid)] = _locator(new, uid)
                 continue
+            moved[_locator(old, uid)] = _locator(new, uid)
             target = folder / _locator(new, uid)
             if not target.exists():
                 if not target.parent.exists():
@@ -173,6 +177,7 @@ def rekey(folder: Path, old: bytes, new: bytes) -> None:
                 sync_folder(target.parent)
         path.unlink()
         sync_folder(path.parent)
+    return moved
 
 
 def drop(folder: Path, locator: str) -> bool:
