@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 _INGEST = """\
 Takes the hospital's images into the encrypted cohort: source, consent, de-identification, pixels, cache. Only patients
 whom the consent register permits are read; only what is new or changed since the last run is read again; whoever
-withdrew, or is gone from the source, is destroyed. Stop it whenever you like: the next run goes on.
+withdrew, or is gone from register or source, is destroyed (unless so many are gone at once that it looks like a
+mistake). Stop it whenever you like: the next run goes on.
 
   fedscan agent ingest /srv/fedscan/site --dry-run      what would happen, and a sample of headers before and after
   fedscan agent ingest /srv/fedscan/site
@@ -39,6 +40,9 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument("site", metavar="SITE", type=Path, nargs="?", default=Path("."), help="default: this folder")
     parser.add_argument("--dry-run", action="store_true", help="read headers only; write and destroy nothing")
     parser.add_argument("--sample", metavar="N", type=int, default=1, help="headers shown by --dry-run (%(default)s)")
+    parser.add_argument(
+        "--allow-loss", action="store_true", help="destroy whoever register or source lost, however many they are"
+    )
     parser.add_argument("--no-pull", action="store_true", help="do not ask the PACS first")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
     parser.set_defaults(command=_ingest)
@@ -72,7 +76,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
                 tasks[what] = bar.add_task(what, total=of)
             bar.update(tasks[what], completed=done, total=of)
 
-        report = ingest.ingest(here, dry_run=arguments.dry_run, tell=tell)
+        report = ingest.ingest(here, dry_run=arguments.dry_run, allow_loss=arguments.allow_loss, tell=tell)
     out = Console(highlight=False)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
@@ -107,8 +111,16 @@ def show(here: "Site", report: "Report", console: "Console") -> None:
     console.print(table)
     for reason, count in sorted(report.skipped.items()):
         console.print(f"{count} not looked at: {SKIPPED[reason]}.", soft_wrap=True)
+    for kept, what in (
+        (report.unlisted_kept, "the consent register does not name them any more. They take no part in training"),
+        (report.gone_kept, "their images are gone from the source"),
+    ):
+        if kept:
+            text = f"{kept} patients are kept in the cache although {what}: so many at once look like a mistake."
+            console.print(f"{text} If it is none: --allow-loss destroys them.", soft_wrap=True)
     if report.dry:
-        console.print("A dry run: nothing was written, and pixels were not decoded.", soft_wrap=True)
+        would = f" {report.destroyed} patients would be destroyed in the cache." if report.destroyed else ""
+        console.print(f"A dry run: nothing was written, and only a sample's pixels are decoded.{would}", soft_wrap=True)
         return
     console.print(
         f"{report.cached_patients} patients are in the cache; {report.destroyed} were destroyed; "

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save
 
 from fedscan_client import cohort, consent, eligible, evaluate, keys, site, train
-from fedscan_client.consent import Register
+from fedscan_client.consent import Decision, Register
 from fedscan_client.dp import engine, ledger, ledger_lock
 from fedscan_client.dp.ledger import Release
 from fedscan_client.gate import egress, guard, policy
@@ -148,12 +148,18 @@ def _cohort(here: Site, run: RunConfig, split: str, register: Register | None, r
     if patients.left_out:
         _note(here, f"{len(patients.left_out)} images of {split} were left out, first: {patients.left_out[0]}")
     if register is not None:
-        patients = patients.only(
-            lambda name, until: register.decide(name.partition("/")[0]).permit and (until is None or today <= until)
-        )
+        patients = patients.only(lambda name, until: _cleared(register.decide(name.partition("/")[0]), until, today))
         names = {name.partition("/")[0] for name in patients.ids}  # an image's id begins with its patient's
         eligible.record(here.folder, run_id, run.model.name, names)
     return patients
+
+
+def _cleared(decision: Decision, until: date | None, today: date) -> bool:
+    """Whether a patient of the cohort may take part today; `until`: as of the intake, which knew the birth date."""
+    if not decision.permit or (until is not None and until < today):
+        return False
+    # A guardian's permit whose end nobody knows: given since the last intake.
+    return not (decision.by_guardian and decision.until is None and until is None)
 
 
 class Refused(Exception):

@@ -122,7 +122,10 @@ def load_patients(site: Site, run: RunConfig, split: str) -> Patients:
     what = (site.folder, split, json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit]))
     state = "" if site.table is not None else cache.state_digest(site.cache)
     known = _MEMORY.get(what)
-    if known is None or known[0] != state:  # what was withdrawn leaves the memory too
+    if known is None or known[0] != state:
+        # What was withdrawn leaves the memory too, whatever run it was loaded for.
+        for other in [it for it, (then, _) in _MEMORY.items() if it[0] == site.folder and then != state]:
+            del _MEMORY[other]
         _MEMORY[what] = known = (state, _load(site, run, split))
     return known[1]
 

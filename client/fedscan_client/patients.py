@@ -86,6 +86,7 @@ def withdraw(site: Site, key: SiteKey, patient: PatientId, *, today: date, yes: 
     name = patient_name(site.names(key), patient)
     runs = [{"run_id": run.run_id, "model": run.model} for run in eligible.runs_of(site.folder, name)]
     if yes:
+        site.claim_names(key)
         withdrawals.add(site.folder, name, today)
     else:
         withdrawals.read(site.folder)  # a record that was changed is found before, not half way

@@ -17,6 +17,8 @@
 A pretend site of a simulation and a deployed one are the same thing to every line of code below this one.
 """
 
+import hashlib
+import hmac
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +36,10 @@ from fedscan_client.intake.sources import settings as sources
 from fedscan_client.intake.sources.settings import Source
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
+from fedscan_core.files import write_atomic
 
 FILE = "site.toml"
+NAMED = "names.check"  # fingerprint of what the site's pseudonyms are made with
 
 
 class Intake(BaseModel):
@@ -82,6 +86,10 @@ class Site(BaseModel):
     def _one_way(self) -> Self:
         if any(it.kind == "table" for it in self.source.values()) and len(self.source) > 1:
             raise ValueError("a source of kind 'table' stands alone")
+        if self.table is not None and (self.consent or self.intake):
+            raise ValueError(
+                "[consent] and [intake] do not go with a research table, whose patients are not the register's"
+            )
         return self
 
     @property
@@ -90,8 +98,31 @@ class Site(BaseModel):
         return next((it.folder for it in self.source.values() if it.kind == "table"), None)
 
     def names(self, key: keys.SiteKey) -> bytes:
-        """The secret that makes this project's pseudonyms."""
-        return key.project((self.intake or Intake(labels=Path())).project)
+        """The secret that makes this project's pseudonyms.
+
+        Raises:
+            ConfigError: project or issuer are not those with which this site's patients were named: everybody would be
+                somebody else, and every withdrawal forgotten.
+        """
+        secret = key.project((self.intake or Intake(labels=Path())).project)
+        path = self.folder / NAMED
+        if path.exists() and path.read_text(encoding="ascii", errors="replace").strip() != self._mark(secret):
+            raise ConfigError(
+                f"{self.folder / FILE}: [intake] project, [consent] issuer or the site's key changed since this site's "
+                "patients got their pseudonyms.",
+                remedy="Put them back as they were. Another project needs a site folder of its own.",
+            )
+        return secret
+
+    def claim_names(self, key: keys.SiteKey) -> None:
+        """From now on this folder's pseudonyms are those of this project and issuer. Errors as `names`."""
+        secret = self.names(key)
+        if not (self.folder / NAMED).exists():
+            write_atomic(self.folder / NAMED, f"{self._mark(secret)}\n".encode())
+
+    def _mark(self, secret: bytes) -> str:
+        told = b"fedscan names 1\0" + self.issuer.encode()
+        return hmac.new(secret, told, hashlib.sha256).hexdigest()[:32]
 
     @property
     def issuer(self) -> str:

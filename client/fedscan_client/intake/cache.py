@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
@@ -195,7 +195,10 @@ def state_digest(folder: Path) -> str:
     """
     digest = hashlib.sha256(seal.VERSION)
     for name in patients(folder):
-        blob = (_place(folder, name) / INDEX).read_bytes()
+        try:
+            blob = (_place(folder, name) / INDEX).read_bytes()
+        except OSError:  # one patient's, or destroyed just now: must not stop a round
+            blob = b""
         digest.update(name.encode() + b"\0" + blob[len(seal.VERSION) :][: seal.NONCE] + blob[-seal.TAG :])
     return digest.hexdigest()
 
@@ -211,6 +214,7 @@ def write_patient(
     *,
     consent_until: date | None = None,
     basis: str = "",
+    still: Callable[[], bool] = lambda: True,
 ) -> Patient:
     """Writes or replaces one patient, one image at a time; the same again changes no byte. No image: no patient.
 
@@ -226,6 +230,8 @@ def write_patient(
             one; an exception on the way leaves the patient as before. Making them must not write to the cache.
         consent_until: last day of the consent.
         basis: see `Patient`.
+        still: asked last of all, when nobody else can write: whether the patient may be kept. No: the patient is
+            destroyed, whatever was there before.
 
     Returns:
         The patient as kept: with dtype and shape of every image.
@@ -253,6 +259,8 @@ def write_patient(
         except BaseException:
             _clear(place, before._images)
             raise
+        if written and not still():
+            written.clear()
         after = Patient(tuple(image.entry for image in written.values()), consent_until, basis)
         if written and (not there or written != before._images or after != before.patient):
             with cache_keys.writing(folder):

@@ -27,6 +27,7 @@ from fedscan_core.errors import DataError
 
 FILE = "intake.sqlite"
 _NONCE = 12
+_WAIT = 60.0  # seconds for another process's transaction
 _EVERY = 500  # rows between two commits: what an interrupted run reads again
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS object (
@@ -52,13 +53,16 @@ CREATE INDEX IF NOT EXISTS by_patient ON object (patient, series, instance);
 CREATE INDEX IF NOT EXISTS by_study ON object (study, patient);
 CREATE INDEX IF NOT EXISTS by_series ON object (series, patient);
 CREATE INDEX IF NOT EXISTS by_instance ON object (instance, patient);
+CREATE INDEX IF NOT EXISTS by_accession ON object (accession, patient);
 PRAGMA user_version = 1;
 """
 
 
 @dataclass(frozen=True)
 class Header:
-    """Whose and which an object is: keyed HMACs, all "" where `reason` says why the object cannot be used.
+    """Whose and which an object is: keyed HMACs, "" where the header does not say.
+
+    `reason` is why the object cannot be used, "" where it can.
 
     `review` is why a person or a rule has to release it first, "" where nobody has to.
     """
@@ -90,6 +94,7 @@ class Index:
         keys = HKDF(SHA256(), 64, salt=None, info=b"fedscan intake index 1").derive(wrapping)
         self._names, self._seal = keys[:32], AESGCM(keys[32:])
         self._pending = 0
+        self.moved: set[str] = set()
         self.run = 1 + int(db.execute("SELECT coalesce(max(run), 0) FROM object").fetchone()[0])
 
     def seen(self, locator: str, stamp: str) -> bool:
@@ -103,9 +108,16 @@ class Index:
         self._tick()
         return True
 
+    def knows(self, locator: str) -> bool:
+        """Whether there is a row for an object, whatever has become of it since."""
+        return self._db.execute("SELECT 1 FROM object WHERE place = ?", (self._place(locator),)).fetchone() is not None
+
     def put(self, locator: str, stamp: str, header: Header) -> None:
-        """Writes or replaces the row of an object."""
+        """Writes or replaces the row of an object; whose it was before, if another's, is in `moved`."""
         place, sealed = self._sealed(locator)
+        before = self._db.execute("SELECT patient FROM object WHERE place = ?", (place,)).fetchone()
+        if before and before[0] not in ("", header.patient):
+            self.moved.add(before[0])
         self._db.execute(
             "REPLACE INTO object VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (place, stamp, sealed, self.run, *astuple(header)),
@@ -116,13 +128,13 @@ class Index:
         """Drops the rows of objects that this run did not find."""
         self._db.execute("DELETE FROM object WHERE run <> ?", (self.run,))
         self._db.execute("DELETE FROM outcome WHERE series NOT IN (SELECT series FROM object)")
-        self._commit()
+        self.commit()
 
     def forget(self, patient: str) -> None:
         """Drops a patient's rows, overwritten on disk."""
         for table in ("object", "outcome"):
             self._db.execute(f"DELETE FROM {table} WHERE patient = ?", (patient,))
-        self._commit()
+        self.commit()
 
     def patients(self) -> list[str]:
         """Names of all patients, sorted."""
@@ -146,6 +158,18 @@ class Index:
         text = json.dumps(told, sort_keys=True)
         self._db.execute("REPLACE INTO outcome VALUES (?, ?, ?, ?)", (series, patient, digest, text))
         self._tick()
+
+    def rows_of(self, patient: str) -> list[Row]:
+        """All of a patient's objects, also those that were set aside."""
+        return self._rows("patient = ?", (patient,))
+
+    def shared_accessions(self, patient: str) -> frozenset[str]:
+        """Names of the patient's accession numbers that another patient has too: they say nothing of either."""
+        query = (
+            "SELECT DISTINCT a.accession FROM object a JOIN object b ON a.accession = b.accession "
+            "WHERE a.patient = ? AND a.accession <> '' AND b.patient <> a.patient"
+        )
+        return frozenset(row[0] for row in self._db.execute(query, (patient,)))
 
     def clashing(self, patient: str) -> frozenset[str]:
         """Names of the patient's studies, series and instances that another patient claims too."""
@@ -199,7 +223,8 @@ class Index:
         rows: list[Row] = []
         for place, locator, stamp, *names in self._db.execute(
             "SELECT place, locator, stamp, reason, patient, study, series, instance, accession, review FROM object "
-            f"WHERE {where} ORDER BY instance, place",
+            # Of several copies of an instance, the one that has to wait comes first.
+            f"WHERE {where} ORDER BY instance, review = '', place",
             values,
         ):
             text = self._opened(place, locator)
@@ -221,9 +246,10 @@ class Index:
     def _tick(self) -> None:
         self._pending += 1
         if self._pending >= _EVERY:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Puts what was done so far on disk, and lets others write."""
         self._db.commit()
         self._pending = 0
 
@@ -273,11 +299,13 @@ def _connect(path: Path, dry: bool) -> sqlite3.Connection:
     if dry:
         memory = sqlite3.connect(":memory:")
         if path.exists():
-            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            # Opened as it is, where nobody is at work: reading a log in use would leave files behind.
+            quiet = "" if path.with_name(f"{FILE}-wal").exists() else "&immutable=1"
+            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True)) as db:
                 db.backup(memory)
         return memory
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    db = sqlite3.connect(path)
+    db = sqlite3.connect(path, timeout=_WAIT)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")  # a power cut loses rows, not the file
     db.execute("PRAGMA secure_delete = ON")

@@ -138,12 +138,14 @@ def check_kind(ds: Dataset) -> None:
             may: the kind often has text in its pixels, ImageType is not ORIGINAL\PRIMARY, or the header says (or does
             not clearly deny) that text is burned in or that the patient is recognisable.
     """
-    if kind_of(ds).review:
+    kind = kind_of(ds)
+    # The gravest first: it is the one that a person who looks at the image is told.
+    if headers.value(ds, "RecognizableVisualFeatures") not in (None, "", "NO"):
+        raise Refused("recognizable")
+    if headers.value(ds, "BurnedInAnnotation") not in (None, "", "NO"):
+        raise Refused("burned_in")
+    if kind.review:
         raise Refused("kind")
     image_type = headers.value(ds, "ImageType")
     if not isinstance(image_type, MultiValue) or list(image_type[:2]) != ["ORIGINAL", "PRIMARY"]:
         raise Refused("image_type")
-    if headers.value(ds, "BurnedInAnnotation") not in (None, "", "NO"):
-        raise Refused("burned_in")
-    if headers.value(ds, "RecognizableVisualFeatures") not in (None, "", "NO"):
-        raise Refused("recognizable")

@@ -4,7 +4,7 @@ Columns: one or more of sop_uid, accession, study_uid (the most specific one tha
 optionally split (train, val or test; blank leaves it to the site's keyed hash). A patient stays in one split.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,26 +32,11 @@ class Labels:
 
     rows: Mapping[tuple[str, str], Label]
 
-    def of(self, header: Header) -> Label | None:
-        """The most specific row about an object, None where there is none."""
-        names = (("sop_uid", header.instance), ("accession", header.accession), ("study_uid", header.study))
+    def of(self, header: Header, shared: Set[str] = frozenset()) -> Label | None:
+        """The most specific row about an object, None if there is none; accession numbers in `shared` say nothing."""
+        accession = "" if header.accession in shared else header.accession
+        names = (("sop_uid", header.instance), ("accession", accession), ("study_uid", header.study))
         return next((found for name in names if name[1] and (found := self.rows.get(name))), None)
-
-
-def one_split(labels: Sequence[Label]) -> str:
-    """The split of a patient's images.
-
-    Raises:
-        DataError: they are in more than one, which could not be charged apart.
-    """
-    first = labels[0]
-    for label in labels:
-        if label.split != first.split:
-            raise DataError(
-                f"Lines {first.line} and {label.line} of the label table put one patient into two splits.",
-                remedy="Split by patient, not by image.",
-            )
-    return first.split
 
 
 def read(path: Path, key: bytes) -> Labels:

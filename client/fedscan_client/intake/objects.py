@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from fedscan_client.intake import cache, index, quarantine
+from fedscan_client.intake import cache, deid, index, quarantine, read
 from fedscan_client.intake.index import Row
 from fedscan_client.intake.records import Refused
 from fedscan_client.intake.sources import folder, spool
 from fedscan_client.intake.sources.found import Found
 from fedscan_client.keys import SiteKey
 from fedscan_client.site import Site
+from fedscan_core.errors import DataError
 
 _SPOOL = ""  # no source is named so
 
@@ -67,10 +68,14 @@ def opened(site: Site, key: SiteKey, locator: str) -> Iterator[tuple[BinaryIO, i
         yield stream, size
 
 
-def destroy(site: Site, patient: str) -> bool:
-    """Destroys what the cache and the quarantine hold of a patient, the key first; says whether the cache held any."""
+def destroy(site: Site, patient: str, *, for_good: bool) -> bool:
+    """Destroys what the cache holds of a patient, the key first; says whether it held any.
+
+    `for_good`: what is in quarantine as well, with what was decided on it.
+    """
     held = cache.destroy_patient(site.cache, patient)
-    quarantine.remove_patient(site.folder, patient)
+    if for_good:
+        quarantine.remove_patient(site.folder, patient)
     return held
 
 
@@ -91,14 +96,33 @@ def everything_of(site: Site, key: SiteKey, patient: str, *, destroy: bool) -> d
     if destroy:
         counts["key and files in the cache"] = int(cache.destroy_patient(site.cache, patient))
     with index.opened(site.folder, key.wrapping, dry=not destroy) as seen:
-        rows = [row for _, found in seen.series(patient) for row in found]
+        rows = seen.rows_of(patient)
         counts["objects in the spool"] = drop_spooled(site, rows, dry=not destroy)
+        counts["objects in the spool"] += _unseen(site, key, seen, patient, destroy)
         counts["lines in the intake's index"] = len(rows)
         if destroy:
             seen.forget(patient)
     items = [it.instances for it in quarantine.items(site.folder) if it.patient == patient]
     counts["objects in quarantine"] = quarantine.remove_patient(site.folder, patient) if destroy else sum(items)
     return counts
+
+
+def _unseen(site: Site, key: SiteKey, seen: index.Index, patient: str, destroy: bool) -> int:
+    """Objects of a patient that came since the last ingest."""
+    count = 0
+    for item in spool.found(site.spool, key.wrapping):
+        if seen.knows(f"{_SPOOL}\n{item.locator}"):
+            continue
+        try:
+            with item.open() as stream:
+                whose = deid.patient_name(site.names(key), deid.identity(read.header(stream, item.size), site.issuer))
+        except (DataError, OSError):
+            continue
+        if whose == patient:
+            count += 1
+            if destroy:
+                spool.drop(site.spool, item.locator)
+    return count
 
 
 def rewrapped(site_folder: Path) -> Callable[[SiteKey], None]:

@@ -107,6 +107,16 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Known:
+    """One instance's reason, what was decided (`rectangles` for a blackout), and the digest of what was looked at."""
+
+    reason: str
+    state: State
+    rectangles: tuple[Rectangle, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Held:
     """One instance of an item, with its locator in memory."""
 
@@ -167,6 +177,19 @@ def decision_for(folder: Path, series: str, instance: str, *, digest: str = "") 
     if found is None or found[0] not in ("released", "blackout"):
         return None
     return _rectangles(found[1])
+
+
+def states(folder: Path, series: str) -> dict[str, "Known"]:
+    """What is known of a series' instances (HMACs), whatever was decided on them."""
+    sql = (
+        "SELECT instance, reason, coalesce(kind, 'waiting'), coalesce(rectangles, '[]'), digest FROM instances "
+        "LEFT JOIN decisions ON number = decision WHERE series = ?"
+    )
+    with reading(folder) as db:
+        rows = db.execute(sql, (series,)).fetchall() if db else []
+    return {
+        instance: Known(reason, state, _rectangles(sides), digest) for instance, reason, state, sides, digest in rows
+    }
 
 
 def forget(folder: Path, instances: Iterable[str]) -> int:

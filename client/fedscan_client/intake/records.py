@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fedscan_core.errors import DataError
@@ -48,7 +47,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "transfer_syntax": "no decoder for its compression is installed",
         "pixels_undecodable": "its pixel data cannot be decoded",
         "not_finite": "its rescale or window values, or the pixels after them, are not finite",
-        "multi_frame": "it holds more than one frame",
+        "two_splits": "the label table puts its patient into two splits",
         "geometry": "the slices of its series do not form one regular stack",
     }
 )
@@ -123,26 +122,3 @@ class Volume:
     voi_lut: tuple[int, tuple[float, ...]] | None = None
     inverted: bool = False
     unit: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One image of one patient, ready for training.
-
-    Attributes:
-        patient: pseudonym, the same for all images of a patient at this site.
-        label: the label as written in the hospital's table.
-        split: train, val, test, or "" where the table leaves it to the site.
-        sex: M, F, O, or "" where unknown.
-        age: whole years, 90 for everybody older, None where unknown.
-        group: further values to report fairness by, such as {"manufacturer": "GE"}.
-        image: float32 [C, H, W] in [0, 1].
-    """
-
-    patient: str
-    label: str
-    split: str
-    sex: str
-    age: int | None
-    group: Mapping[str, str]
-    image: NDArray[np.float32]

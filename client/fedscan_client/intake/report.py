@@ -28,11 +28,14 @@ class Report:
     Attributes:
         dry: nothing was written, and "accepted" means: up to its pixels, which were not decoded.
         objects: objects found in the source.
-        skipped: not looked at in this run, by reason (`sources.folder.SKIPPED`): still being written, not readable, ...
+        skipped: not looked at in this run, by reason (`sources.folder.SKIPPED`). If there are any, nobody is destroyed
+            for being gone from the source.
         patients: distinct ones among the readable objects.
         lines: what came of them.
         cached_patients: what the cache holds now.
-        destroyed: patients removed from the cache by this run.
+        destroyed: patients removed from the cache by this run; in a dry run: who would be.
+        unlisted_kept: patients whom the register does not name any more, kept because they are so many at once.
+        gone_kept: patients whose objects are gone from the source, kept for the same reason.
         read: objects whose pixels were read; the others were unchanged.
     """
 
@@ -43,6 +46,8 @@ class Report:
     lines: tuple[Line, ...]
     cached_patients: int
     destroyed: int
+    unlisted_kept: int
+    gone_kept: int
     read: int
 
     def instances(self, outcome: Outcome) -> int:

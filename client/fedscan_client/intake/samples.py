@@ -10,7 +10,7 @@ from fedscan_client.site import Site
 
 
 def headers(site: Site, count: int, *, today: date | None = None) -> list[list[Row]]:
-    """The first `count` objects of patients who are cleared and of a kind that is accepted, one list of rows each.
+    """Rows of the first `count` objects of accepted kinds, of patients who permit it themselves.
 
     Raises:
         ConsentError: no usable consent register.
@@ -27,7 +27,8 @@ def headers(site: Site, count: int, *, today: date | None = None) -> list[list[R
         try:
             with item.open() as stream:
                 patient = deid.identity(read.header(stream, item.size), site.issuer)
-                if register.decide(deid.patient_name(names, patient)).permit:
+                decision = register.decide(deid.patient_name(names, patient))
+                if decision.permit and not decision.by_guardian:
                     stream.seek(0)
                     found.append(preview(read.whole(stream, item.size), names, issuer=site.issuer))
         except (Refused, OSError):

@@ -33,12 +33,12 @@ def scan(found: Iterable[Found], index: Index, *, key: bytes, issuer: str, tell:
 
 
 def name_of(ds: Dataset, key: bytes, issuer: str) -> Header:
-    """Whose and which object this is.
+    """Whose and which object this is; `reason` says so where it is of a kind that is never accepted.
 
     Raises:
-        Refused: the header does not say, or says something that is never accepted.
+        Refused: the header does not say.
     """
-    review = ""
+    reason = review = ""
     patient = deid.patient_name(key, deid.identity(ds, issuer))
     study, series, instance = (
         deid.pseudonym(key, "uid", headers.identifier(ds, keyword))
@@ -49,11 +49,12 @@ def name_of(ds: Dataset, key: bytes, issuer: str) -> Header:
     try:
         deid.check_kind(ds)
     except Refused as refused:
-        if refused.reason not in REVIEW:
-            raise
-        review = refused.reason
+        if refused.reason in REVIEW:
+            review = refused.reason
+        else:
+            reason = refused.reason
     accession = deid.pseudonym(key, "accession", accession) if accession else ""
-    return Header("", patient, study, series, instance, accession, review)
+    return Header(reason, patient, study, series, instance, accession, review)
 
 
 def _header(item: Found, key: bytes, issuer: str) -> Header:

@@ -6,11 +6,12 @@ assembled. Where all objects of a series carry the same label they make stacks; 
 slice is an image.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 
 from pydicom.dataset import Dataset
@@ -20,6 +21,7 @@ from fedscan_client.intake.cache import Entry
 from fedscan_client.intake.cache_keys import Damaged
 from fedscan_client.intake.index import Index, Row
 from fedscan_client.intake.labels import Label, Labels
+from fedscan_client.intake.quarantine import Known
 from fedscan_client.intake.records import REVIEW, Rectangle, Refused, Volume
 from fedscan_client.intake.report import Counts
 from fedscan_client.intake.rules import blackout_for
@@ -54,26 +56,35 @@ class Work:
         try:
             return {it.id: it for it in cache.read_index(self.site.cache, self.key, patient).entries}
         except Damaged:
-            objects.destroy(self.site, patient)  # the source still has them
+            objects.destroy(self.site, patient, for_good=False)  # the source still has them
             return {}
 
 
-def born(work: Work, row: Row) -> date | None:
-    """The patient's date of birth as one of their objects gives it; None where it does not."""
-    try:
-        text = headers.value(_header(work, row), "PatientBirthDate")
-        return date.fromisoformat(str(text)) if text else None
-    except (DataError, OSError, ValueError):
-        return None
+def born(work: Work, rows: Sequence[Row]) -> date | None:
+    """The earliest birth date that these objects give; None where none does.
+
+    Raises:
+        Refused: unreadable: nothing can be concluded.
+    """
+    found = []
+    for row in rows:
+        try:
+            text = str(headers.value(_header(work, row), "PatientBirthDate") or "")
+        except OSError:
+            raise Refused("unreadable") from None
+        with contextlib.suppress(ValueError):
+            found.append(date.fromisoformat(text))
+    return min(found, default=None)
 
 
 def pieces(
     work: Work,
-    patient: str,
     uid: str,
     rows: Sequence[Row],
     *,
     clashing: frozenset[str],
+    shared: frozenset[str],
+    seen: set[str],
     known: Mapping[str, Entry],
     split: str,
     counts: Counts,
@@ -82,18 +93,18 @@ def pieces(
 
     Args:
         work: this run's.
-        patient: name of the patient, who has been cleared.
         uid: name of the series.
         rows: its objects, in the order of their instances.
         clashing: names of studies, series and instances that another patient claims as well.
+        shared: names of accession numbers that another patient has too.
+        seen: instances of the patient that were met before; these are added.
         known: images of the patient that are in the cache.
         split: the patient's, "" to leave it to the site's keyed hash.
         counts: what became of the objects is added here, when the iteration has ended.
     """
     chosen: list[Pair] = []
-    seen: set[str] = set()
     for row in rows:
-        label = work.labels.of(row.header)
+        label = work.labels.of(row.header, shared)
         if clashing & uids(row):
             counts["refused", "uid_on_two_patients"] += 1
         elif row.header.instance in seen:
@@ -104,26 +115,29 @@ def pieces(
             chosen.append((row, label))
             seen.add(row.header.instance)
     together = len({label.label for _, label in chosen}) == 1 and not counts["unlabelled", ""]
-    looks = work.site.quarantine.ocr != "off"
-    decided = {row.header.instance: _decision(work, row) for row, _ in chosen if looks or row.header.review}
-    digest = _digest(work, chosen, split, decided)
+    states = quarantine.states(work.site.folder, uid)
+    digest = _digest(work, chosen, split, states)
     told = work.index.outcome(uid, digest)
     if told is not None and all(name in known for name in told["entries"]):
-        counts.update({(outcome, reason): count for outcome, reason, count in told["counts"]})
-        yield from ((known[name], None) for name in told["entries"])
-        return
+        waiting = sum(count for outcome, _, count in told["counts"] if outcome == "quarantined")
+        if waiting <= sum(row.header.instance in states for row, _ in chosen):  # else the list was lost: anew
+            counts.update({(outcome, reason): count for outcome, reason, count in told["counts"]})
+            yield from ((known[name], None) for name in told["entries"])
+            return
 
     became: Counts = Counter()
     made: list[str] = []
     groups = [chosen] if together else [[pair] for pair in chosen]
     for group in groups:
-        for entry, volume in _assembled(work, patient, group, split, decided, digest.hex(), became):
-            made.append(entry.id)
-            yield entry, volume
+        for entry, volume in _assembled(work, group, split, states, digest.hex(), became):
+            # An object may make several images, and stand in several series.
+            name = hashlib.sha256(f"{uid}\0{len(made)}\0{entry.id}".encode()).hexdigest()[:32]
+            made.append(name)
+            yield replace(entry, id=name), volume
     counts.update(became)
     if not work.dry:
         lines = [[outcome, reason, count] for (outcome, reason), count in sorted(became.items())]
-        work.index.settle(uid, patient, digest, {"entries": made, "counts": lines})
+        work.index.settle(uid, rows[0].header.patient, digest, {"entries": made, "counts": lines})
 
 
 def uids(row: Row) -> frozenset[str]:
@@ -133,10 +147,9 @@ def uids(row: Row) -> frozenset[str]:
 
 def _assembled(
     work: Work,
-    patient: str,
     group: Sequence[Pair],
     split: str,
-    decided: Mapping[str, tuple[Rectangle, ...] | None],
+    states: Mapping[str, Known],
     digest: str,
     counts: Counts,
 ) -> Iterator[tuple[Entry, Volume]]:
@@ -146,7 +159,7 @@ def _assembled(
     def cleaned() -> Iterator[Dataset]:
         for number, pair in enumerate(group):
             try:
-                clean = _clean(work, pair[0], decided.get(pair[0].header.instance), number, len(group))
+                clean = _clean(work, pair[0], states.get(pair[0].header.instance), number, len(group))
             except Refused as refused:
                 counts["quarantined" if refused.reason in REVIEW else "refused", refused.reason] += 1
                 _set_aside(work, pair[0], refused.reason)
@@ -185,34 +198,54 @@ def _assembled(
         counts["refused", "geometry"] += len(passed) - len(used)
 
 
-def _clean(work: Work, row: Row, decided: tuple[Rectangle, ...] | None, number: int, of: int) -> Dataset | None:
+def _clean(work: Work, row: Row, state: Known | None, number: int, of: int) -> Dataset | None:
     """Reads an object whole and de-identifies it; None in a dry run, just before its pixels would be read.
 
     Raises:
-        Refused: it waits for a person, changed since its header was read, or cannot be used.
+        Refused: it waits for a person or was rejected, changed since its header was read, or cannot be used.
     """
-    rectangles = decided
+    if state is not None and (state.reason not in REVIEW or state.digest != _content(work, row)):
+        state = None if state.state != "rejected" else state  # it is not what was looked at, and waits anew
+    if state is not None and (state.state == "rejected" or (state.state, state.reason) == ("waiting", "text_seen")):
+        raise Refused(state.reason)
+    rectangles = None if state is None or state.state == "waiting" else state.rectangles
+    decided = rectangles is not None
     if rectangles is None and row.header.review:
         rectangles = _by_rule(work, row)
         if rectangles is None:
             raise Refused(row.header.review)
     if work.dry:
         return None
+    ds = _whole(work, row)
+    if name_of(ds, work.names, work.site.issuer) != row.header:
+        raise Refused("changed")
+    work.read["instances"] += 1
+    released = bool(row.header.review)
+    clean = deid.deidentify(ds, work.names, issuer=work.site.issuer, blackout=rectangles or (), released=released)
+    if not decided and not released and work.site.quarantine.ocr != "off":
+        _look(work, clean, number, of)
+    return clean
+
+
+def _whole(work: Work, row: Row) -> Dataset:
     try:
         with objects.opened(work.site, work.key, row.locator) as (stream, size):
-            ds = read.whole(stream, size)
+            return read.whole(stream, size)
     except Refused:
         raise
     except (DataError, OSError):
         raise Refused("unreadable") from None
-    issuer = work.site.issuer
-    if name_of(ds, work.names, issuer) != row.header:
-        raise Refused("changed")
-    work.read["instances"] += 1
-    clean = deid.deidentify(ds, work.names, issuer=issuer, blackout=rectangles or (), released=bool(row.header.review))
-    if decided is None and not row.header.review and work.site.quarantine.ocr != "off":
-        _look(work, clean, number, of)
-    return clean
+
+
+def _content(work: Work, row: Row) -> str:
+    """Digest of an object's bytes: what a person decides holds for these."""
+    try:
+        with objects.opened(work.site, work.key, row.locator) as (stream, _):
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    except Refused:
+        raise
+    except (DataError, OSError):
+        raise Refused("unreadable") from None
 
 
 def _by_rule(work: Work, row: Row) -> tuple[Rectangle, ...] | None:
@@ -239,18 +272,11 @@ def _look(work: Work, clean: Dataset, number: int, of: int) -> None:
 def _set_aside(work: Work, row: Row, reason: str) -> None:
     if work.dry:
         return
-    about = row.header
-    try:
-        seen = traits.traits(_header(work, row), work.names)
-    except (DataError, OSError):
-        seen = traits.UNKNOWN
-    put = quarantine.Found(reason, about.patient, about.series, about.instance, row.locator, row.stamp, seen)
+    about, seen, content = row.header, traits.UNKNOWN, row.stamp
+    with contextlib.suppress(DataError, OSError):
+        seen, content = traits.traits(_header(work, row), work.names), _content(work, row)
+    put = quarantine.Found(reason, about.patient, about.series, about.instance, row.locator, content, seen)
     quarantine.put(work.site.folder, work.key.wrapping, [put])
-
-
-def _decision(work: Work, row: Row) -> tuple[Rectangle, ...] | None:
-    about = row.header
-    return quarantine.decision_for(work.site.folder, about.series, about.instance, digest=row.stamp)
 
 
 def _header(work: Work, row: Row) -> Dataset:
@@ -258,17 +284,16 @@ def _header(work: Work, row: Row) -> Dataset:
         return read.header(stream, size)
 
 
-def _digest(
-    work: Work, chosen: Iterable[Pair], split: str, decided: Mapping[str, tuple[Rectangle, ...] | None]
-) -> bytes:
+def _digest(work: Work, chosen: Iterable[Pair], split: str, states: Mapping[str, Known]) -> bytes:
     """Changes with everything that decides what a series becomes: its objects, labels, rules, decisions, this code."""
+    pairs = list(chosen)
     told = [
         _VERSION,
         profile.VERSION,
         split,
         work.site.quarantine.model_dump(mode="json"),
-        [[row.header.instance, row.stamp, label.label] for row, label in chosen],
-        sorted([name, None if it is None else [vars(r) for r in it]] for name, it in decided.items()),
+        [[row.header.instance, row.stamp, label.label] for row, label in pairs],
+        [asdict(it) for row, _ in pairs if (it := states.get(row.header.instance)) and it.state != "waiting"],
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
 

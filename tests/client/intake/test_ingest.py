@@ -238,5 +238,5 @@ def test_what_goes_when_a_patient_goes(door, cr_instance, save, tmp_path):
     site = door.site(tmp_path, tmp_path / "site")
     door.run(site)
     assert cache.patients(site.cache) and quarantine.items(site.folder)
-    assert objects.destroy(site, door.name("A-1"))
+    assert objects.destroy(site, door.name("A-1"), for_good=True)
     assert not cache.patients(site.cache) and not quarantine.items(site.folder)
