@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message
 
 from fedscan.grid import InlineGrid
-from fedscan_client import consent, eligible, keys, train
+from fedscan_client import cohort, consent, eligible, keys, train
 from fedscan_client.app import make_app
 from fedscan_client.dp import ledger_file
 from fedscan_client.intake import cache, deid
@@ -114,3 +114,27 @@ def test_nothing_of_a_register_is_said_to_the_server(here, make_run):
     (here.folder / "consent.csv").write_text("patient_id,status,date\n,permit,MRN-CANARY\n")
     reply = ask(here, "query", make_run())
     assert reply.status == "refused" and "CANARY" not in reply.reason and "csv" not in reply.reason
+
+
+def test_a_guardians_permit_whose_end_nobody_knows_trains_nobody(here, make_run, took_part):
+    """The register says only now that it is a guardian's: the intake knew no end, and the round knows no birth date."""
+    path = here.folder / "consent.csv"
+    lines = path.read_text().replace("status,date", "status,date,by_guardian").splitlines()
+    rows = [f"{line},{'yes' if number < 3 else ''}" for number, line in enumerate(lines[2:])]
+    path.write_text("\n".join([*lines[:2], *rows]) + "\n")
+    run = make_run()
+    assert ask(here, "query", run).status == "ok"
+    assert ask(here, "train", run, 1).status == "ok"
+    assert set(took_part[-1]) == set(NAMES[3:7])
+
+
+def test_one_unreadable_index_stops_no_round_and_a_withdrawn_patient_leaves_every_runs_memory(
+    here, make_run, took_part
+):
+    run, other = make_run(), make_run(task={"image_size": [32, 32]})
+    assert ask(here, "query", run).status == "ok"
+    cohort.load_patients(here, other, "train")
+    (here.cache / "patients" / NAMES[0] / cache.INDEX).unlink()
+    (here.cache / "patients" / NAMES[0] / cache.INDEX).mkdir()  # not readable as a file, even for root
+    assert ask(here, "train", run, 1).status == "ok" and NAMES[0] not in took_part[-1]
+    assert len(cohort._MEMORY) == 1

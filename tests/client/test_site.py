@@ -118,6 +118,10 @@ def test_sources_may_have_names_and_a_table_stands_alone(tmp_path):
     (tmp_path / site.FILE).write_text(two.replace('kind = "folder"\nfolder = "in"', 'kind = "table"\nfolder = "in"'))
     with pytest.raises(ConfigError, match="stands alone"):
         site.load(tmp_path)
+    table = GOOD.replace('kind = "folder"', 'kind = "table"') + '[consent]\nkind = "register"\npath = "c.csv"\n'
+    (tmp_path / site.FILE).write_text(table)
+    with pytest.raises(ConfigError, match="do not go with a research table"):
+        site.load(tmp_path)
 
 
 def test_the_file_that_is_deployed_has_every_section(tmp_path):
