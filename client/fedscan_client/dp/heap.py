@@ -13,7 +13,7 @@ _MOST_ON_HEAP = 32 * 2**20  # bytes of a block: the most that glibc takes from t
 
 @functools.cache
 def keep_freed() -> None:
-    """From now on this process keeps what it frees, until `give_back`."""
+    """From now on this process keeps what it frees rather than hand it back at once: blocks of up to 32 MiB."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(_MMAP_THRESHOLD, _MOST_ON_HEAP)
@@ -21,7 +21,7 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Hands what was kept back to the system: a round is over."""
+    """Hands back to the system what was kept so far: a round is over."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
