@@ -77,6 +77,7 @@ def _audit(
 
 def _show(report: "Report", run: RunConfig, console: Console) -> None:
     from fedscan.audit import NOTE
+    from fedscan_client.dp import plans
 
     plan, steps = report.plan, report.steps
     table = Table(
@@ -95,6 +96,7 @@ def _show(report: "Report", run: RunConfig, console: Console) -> None:
         f"claimed: epsilon {plan.epsilon:.2f} at delta {plan.delta:.0e} over {plan.steps} steps{part}; "
         f"noise {plan.noise_multiplier:.3g}, rate {plan.sampling_rate:.3g}, clip {run.privacy.clip}, "
         f"engine {run.privacy.engine}, {plan.patients_declared} declared",
+        *(f"one patient at a time: {reason}" for reason in plans.reasons()),
         "p: how often an honest pipeline looks as bad; it fails an audit once in 1000, or less",
         *_power(report),
         f"{'PASS' if report.passed else 'FAIL'} in {report.seconds:.0f} s. {NOTE}",

@@ -27,6 +27,18 @@ _log = logging.getLogger("fedscan")
 _LINE_SECONDS = 2.0  # plain lines come no faster, except those that say something new
 
 
+class _Aloud(logging.Handler):
+    """Shows what the engine says of a network: that it is slow with it, and why."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line above the live view."""
+        self._console.print(Text(f"engine: {record.getMessage()}"), soft_wrap=not self._console.is_terminal)
+
+
 class View:
     """A context manager that is told every step of a run.
 
@@ -54,9 +66,11 @@ class View:
         )
         self._task: TaskID = self._bar.add_task("starting", total=None, eta="")
         self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self._aloud = _Aloud(console)
 
     def __enter__(self) -> Self:
         """Starts the live view where there is one."""
+        logging.getLogger("fedscan.engine").addHandler(self._aloud)
         if self._live:
             self._live.update(self._bar)
             self._live.start()
@@ -66,6 +80,7 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends it and gives the terminal back."""
+        logging.getLogger("fedscan.engine").removeHandler(self._aloud)
         if self._live:
             self._live.stop()
 

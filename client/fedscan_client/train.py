@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedscan_client.cohort import Patients
-from fedscan_client.dp import engine, sampling
+from fedscan_client.dp import engine, heap, sampling
 from fedscan_client.dp.noise import SecretStream, add_noise
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
@@ -66,6 +66,7 @@ def train_round(
                 parameter.grad += run.aggregation.proximal_mu * (parameter.detach() - origin)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    heap.give_back()
     return {name: (p.detach() - start[name]).numpy() for name, p in module.named_parameters() if name in start}
 
 

@@ -15,6 +15,7 @@ G groups of an attribute, B bins, T tested values.
 """
 
 import itertools
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ SEXES = ("F", "M", "O")  # DICOM PS3.3 C.7.1.1, and what de-identification keeps
 
 _Z = 1.959964  # two-sided 95 %
 _TESTED = np.linspace(0.0, 1.0, 2001)  # intervals are read off this grid, outwards
+_DOUBT = 0.25  # of what a binormal curve says of the order inside the end bins
 _FOLDED_MEAN = np.sqrt(2 / np.pi)  # of |N(0, 1)|
 
 
@@ -121,18 +123,21 @@ def _members(evaluation: Evaluation, attribute: str) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def area(hist_2xB: ArrayLike) -> float | None:
+def area(hist_2xB: ArrayLike, variance: float = 0.0) -> float | None:
     """AUROC from counts per score bin, which may be noisy.
 
-    Pairs in one bin count as ties, corrected for what the neighbouring bins say of the order inside it (`_order`): it
-    removes most of what binning takes off where scores spread over some bins, little where they crowd at 0 and 1.
-    Measured on binormal scores: at most 0.012 low with 10 bins, 0.025 where they crowd (0.037 without the correction).
+    Pairs in one bin count as ties, corrected for what the neighbouring bins say of the order inside it (`_order`), and
+    in the two end bins, where a sharp model's scores crowd, for what a binormal ROC curve through the edge says
+    (`_won_at_the_end`). Bins at either end that do not stand out from the noise are left out (`_told`). Measured with
+    10 bins, without noise: at most 0.005 off for binormal scores, spread over four bins or more or crowding at 0 and 1;
+    0.007 for beta densities that rise to both ends, 0.02 for evidence with tails of Student's t of 3 degrees.
 
     Noisy counts are used as they are, negative ones too: clipping them first would pull the area downwards, and their
     noise averages out. The result is clipped to [0, 1].
 
     Args:
         hist_2xB: row 0 counts the negatives, row 1 the positives; bins in rising order of score.
+        variance: of the noise of each entry.
 
     Returns:
         The area, or None if a row's total is zero or less.
@@ -140,11 +145,52 @@ def area(hist_2xB: ArrayLike) -> float | None:
     Raises:
         DataError: for another shape.
     """
-    negative, positive = _rows(hist_2xB)
-    if negative.sum() <= 0 or positive.sum() <= 0:
+    if min(row.sum() for row in _rows(hist_2xB)) <= 0:
         return None
-    won = positive @ _order(len(negative)) @ negative
-    return float(np.clip(won / (negative.sum() * positive.sum()), 0.0, 1.0))
+    negative, positive = _told(hist_2xB, variance)
+    won = positive @ _order(len(negative)) @ negative / (negative.sum() * positive.sum())
+    return float(np.clip(won + _at_the_ends(negative, positive), 0.0, 1.0))
+
+
+def _at_the_ends(negative: NDArray[np.float64], positive: NDArray[np.float64]) -> float:
+    """What the end bins' curve adds to the area, instead of the tie and of their half of what `_order` corrects."""
+    if len(negative) < 2:
+        return 0.0
+    n_B, p_B = negative / negative.sum(), positive / positive.sum()
+    top = p_B[-1] * n_B[-1] * (_won_at_the_end(n_B[-1], p_B[-1]) - 0.5)
+    bottom = p_B[0] * n_B[0] * (_won_at_the_end(p_B[0], n_B[0]) - 0.5)
+    slopes = p_B[-1] * n_B[-2] - p_B[-2] * n_B[-1] + p_B[1] * n_B[0] - p_B[0] * n_B[1]
+    return float(top + bottom - slopes / 24)
+
+
+def _told(hist_2xB: ArrayLike, variance: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The two rows without the bins at either end that hold no more than noise.
+
+    From each end inwards until the sum of both rows is two standard deviations of its noise above zero: the lever of
+    the outermost bins on the area is the longest. Looks at noisy counts only. All bins where nothing stands out.
+    """
+    negative, positive = _rows(hist_2xB)
+    seen = np.array([negative + positive, (negative + positive)[::-1]]).cumsum(axis=1)
+    clear = seen > 2 * np.sqrt(2 * variance * np.arange(1, len(negative) + 1))
+    first, last = clear.argmax(axis=1)
+    inside = slice(first, len(negative) - last)
+    if not clear.any(axis=1).all() or negative[inside].sum() <= 0 or positive[inside].sum() <= 0:
+        return negative, positive
+    return negative[inside], positive[inside]
+
+
+def _won_at_the_end(f: float, t: float) -> float:
+    """Share of pairs in the top bin whose positive is above, from the shares f of negatives and t of positives in it.
+
+    Under the binormal ROC curve of equal variances through (f, t), Phi(Phi^-1(u) + d): its area up to f over f t
+    (Metz 1978). The scale of the scores does not enter. The bottom bin is the same with the two labels swapped.
+    """
+    if not (0.005 < f < 0.995 and 0.005 < t < 0.995):
+        return 0.5
+    normal = statistics.NormalDist()
+    d = min(max(normal.inv_cdf(t) - normal.inv_cdf(f), -3.0), 3.0)
+    height = statistics.fmean(normal.cdf(normal.inv_cdf(f * (i + 0.5) / 32) + d) for i in range(32))
+    return min(height / t, 1.0)
 
 
 def _order(bins: int) -> NDArray[np.float64]:
@@ -159,18 +205,23 @@ def _order(bins: int) -> NDArray[np.float64]:
 
 
 def auroc(hist_2xB: ArrayLike, variance: float) -> Estimate | None:
-    """`area` with an interval for the area in the population, up to what binning leaves.
+    """`area` with an interval for the area in the population, with a doubt about the end bins' curve.
+
+    The noise counts for all bins, also for those that `area` leaves out: who is in them is not known. The curve's part
+    of the area counts as known to a standard deviation of a quarter of it.
 
     Args:
         hist_2xB: as in `area`, in patients.
         variance: of the noise of each entry, in patients squared.
     """
-    value = area(hist_2xB)
+    value = area(hist_2xB, variance)
     if value is None:
         return None
     negative, positive = _rows(hist_2xB)
     pairs = positive.sum() * negative.sum()
-    spread_T = np.sqrt(_sampling_variance(_TESTED, positive.sum(), negative.sum()) + area_noise(hist_2xB, variance))
+    of_curve = (_DOUBT * _at_the_ends(*_told(hist_2xB, variance))) ** 2
+    sampling = _sampling_variance(_TESTED, positive.sum(), negative.sum())
+    spread_T = np.sqrt(sampling + area_noise(hist_2xB, variance) + of_curve)
     low, high = _accepted((value - _TESTED) * pairs, spread_T * pairs)
     return Estimate(value, low, high)
 
@@ -180,7 +231,8 @@ def area_noise(hist_2xB: ArrayLike, variance: float, tested_T: NDArray[np.float6
 
     The statistic is sum_bc positive_b negative_c (k_bc - t) with k from `_order`: linear in either row, so its variance
     follows from the row sums and, for noise on both rows at once, the sum of squares. Squared sums of noisy counts come
-    out too large on average.
+    out too large on average. All bins count,
+    and the end bins' pairs as ties: it is at least what the noise does to `area`, but for the curve's small part.
     """
     negative, positive = _rows(hist_2xB)
     bins = len(negative)

@@ -2,7 +2,8 @@
 
 All of it is post-processing: it costs no privacy beyond what `fedscan_client.evaluate` charged. Suppression looks at
 noisy counts only. An image weighs 1 over its patient's images, so every figure is about patients; an interval is for
-what the model would do in the sites' population: it includes the noise and the drawing of patients, not the binning.
+what the model would do in the sites' population: it includes the noise and the drawing of patients, and for the AUROC
+a doubt about the order inside the end bins; otherwise not the binning.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ def hospital(rng, share, separation, shift, patients=500):
     )
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 2.0])
+@pytest.mark.parametrize("sharpness", [0.4, 1.0, 2.0, 4.0])
 def test_four_sites_of_500_patients_at_epsilon_1_are_within_002_of_the_exact_auroc(sharpness, monkeypatch):
     """Through the sites' real noise and the server's pooling; scores spread out, and towards 0 and 1."""
     run = RunConfig.model_validate({"privacy": {"target_epsilon": 5.0}, "evaluation": {"budget_share": 0.2}})
@@ -54,7 +54,7 @@ def test_four_sites_of_500_patients_at_epsilon_1_are_within_002_of_the_exact_aur
         errors.append(found["value"] - exact)
         inside += found["low"] <= exact <= found["high"]
     assert np.sqrt(np.mean(np.square(errors))) <= 0.02
-    assert inside >= 0.92 * 150
+    assert inside >= 0.93 * 150
 
 
 def groups_of(summary):

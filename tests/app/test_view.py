@@ -1,6 +1,7 @@
 """What a person sees: plain lines, the final tables, and NO PRIVACY on every line of a run without."""
 
 import io
+import logging
 import math
 
 import pytest
@@ -70,6 +71,17 @@ def test_a_run_without_privacy_says_so_on_every_line():
     text = lines(OPEN, steps).splitlines()
     assert text
     assert all(view.NO_PRIVACY in line for line in text)
+
+
+def test_the_reason_for_a_slow_engine_is_shown_while_a_run_is():
+    shown = io.StringIO()
+    console = Console(file=shown, width=60)
+    log = logging.getLogger("fedscan.engine")
+    with view.View(RUN, console):
+        log.warning("patients are computed one by one, which takes several times as long: %s", "dropout")
+    log.warning("not shown")
+    text = shown.getvalue()
+    assert text.count("engine: patients are computed one by one") == 1 and text.endswith("dropout\n")
 
 
 def test_the_live_view_shows_the_same_and_clears_itself():

@@ -1,5 +1,7 @@
 """What noisy histograms still tell: point estimates against plain definitions, intervals by how often they hold."""
 
+import statistics
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,34 +98,66 @@ def test_everybody_is_pooled_without_bias_and_with_the_variance_it_states(groups
 
 
 def pairs(hist):
-    """The area's definition, pair of bins by pair of bins."""
-    won = 0.0
-    for b, positive in enumerate(hist[1]):
-        for c, negative in enumerate(hist[0]):
-            order = {0: 0.5, 1: 1 + 1 / 12, -1: -1 / 12}.get(b - c, float(b > c))
+    """The area's definition, pair of bins by pair of bins, where the end bins hold one label each."""
+    (negatives, positives), won = hist, 0.0
+    for b, positive in enumerate(positives):
+        for c, negative in enumerate(negatives):
+            between = ((0 < b < BINS - 1) + (0 < c < BINS - 1)) / 24  # each inner bin's half of the pair's 1/12
+            order = {0: 0.5, 1: 1 + between, -1: -between}.get(b - c, float(b > c))
             won += positive * negative * order
-    return min(1.0, max(0.0, won / (sum(hist[0]) * sum(hist[1]))))
+    return min(1.0, max(0.0, won / (sum(negatives) * sum(positives))))
 
 
-@given(st.lists(st.lists(st.floats(0, 100), min_size=10, max_size=10), min_size=2, max_size=2))
-def test_the_area_is_over_all_pairs(hist):
-    if min(map(sum, hist)) > 0.1:
-        assert sure(histograms.area(hist)) == pytest.approx(pairs(hist), abs=1e-9)
+@given(st.lists(st.lists(st.floats(0.1, 100), min_size=BINS, max_size=BINS), min_size=2, max_size=2), st.booleans())
+def test_the_area_is_over_all_pairs(hist, turned):
+    hist[turned][0], hist[not turned][-1] = 0.0, 0.0
+    assert sure(histograms.area(hist)) == pytest.approx(pairs(hist), abs=1e-9)
+
+
+@pytest.mark.parametrize("separation", [-1.0, 0.0, 0.7, 1.5, 2.5])
+@pytest.mark.parametrize("edge", [-1.0, 0.0, 1.5])
+def test_the_end_bin_of_binormal_scores_is_won_as_often_as_its_curve_says(edge, separation):
+    normal, grid = statistics.NormalDist(), (np.arange(400) + 0.5) / 400
+    f, t = 1 - normal.cdf(edge), 1 - normal.cdf(edge - separation)
+    if min(f, t) > 0.005 and max(f, t) < 0.995:
+        negative = np.array([normal.inv_cdf(1 - f * u) for u in grid])
+        positive = np.array([normal.inv_cdf(1 - t * u) for u in grid]) + separation
+        won = (positive[:, None] > negative).mean() + (positive[:, None] == negative).mean() / 2
+        assert histograms._won_at_the_end(f, t) == pytest.approx(won, abs=0.01)
 
 
 @pytest.mark.parametrize("separation", [0.7, 1.3, 3.0])
-@pytest.mark.parametrize(("sharpness", "off"), [(0.4, 0.012), (1.0, 0.003), (2.0, 0.005), (4.0, 0.025)])
-def test_what_binning_takes_off_the_area(separation, sharpness, off):
-    """As the docstring states; ties counted as ties only would take off up to 0.02 in the first case."""
+@pytest.mark.parametrize("sharpness", [0.4, 1.0, 2.0, 4.0, 8.0])
+def test_what_binning_takes_off_the_area(separation, sharpness):
+    """As the docstring states; ties counted as ties only would take off 0.02 in the first case, 0.05 in the last."""
     scores, targets = draw(np.random.default_rng(1), 50_000, 0.5, separation, sharpness)
     hist = count(scores, targets)
-    assert sure(histograms.area(hist)) == pytest.approx(tasks.auroc(scores, targets), abs=off)
-    if sharpness == 0.4:
-        flat = hist[1] @ (np.tril(np.ones((BINS, BINS)), -1) + np.eye(BINS) / 2) @ hist[0] / hist.sum(1).prod()
-        assert (
-            abs(sure(histograms.area(hist)) - tasks.auroc(scores, targets))
-            < abs(flat - tasks.auroc(scores, targets)) / 2
-        )
+    exact = tasks.auroc(scores, targets)
+    assert sure(histograms.area(hist)) == pytest.approx(exact, abs=0.007 if separation == 3.0 else 0.005)
+    flat = hist[1] @ (np.tril(np.ones((BINS, BINS)), -1) + np.eye(BINS) / 2) @ hist[0] / hist.sum(1).prod()
+    if abs(flat - exact) > 0.015:
+        assert abs(sure(histograms.area(hist)) - exact) < abs(flat - exact) / 2
+
+
+def test_scores_that_are_not_binormal_keep_within_what_the_docstring_says():
+    rng = np.random.default_rng(1)
+    targets = rng.random(100_000) < 0.4
+    both_ends = np.where(targets, rng.beta(0.3, 0.1, len(targets)), rng.beta(0.1, 0.3, len(targets)))
+    tails = 1 / (1 + np.exp(-3 * (rng.standard_t(3, len(targets)) + 1.3 * (targets - 0.5))))
+    for scores, off in ((both_ends, 0.009), (tails, 0.019)):
+        area = sure(histograms.area(count(scores, targets.astype(int))))
+        assert area == pytest.approx(tasks.auroc(scores, targets.astype(int)), abs=off)
+
+
+def test_bins_that_hold_only_noise_are_left_out():
+    """Scores crowded in the middle: the empty bins' noise has the longest lever on the area."""
+    rng, errors = np.random.default_rng(5), []
+    exact = tasks.auroc(*draw(rng, 100_000, 0.5, 1.5, 0.4))
+    for _ in range(200):
+        noisy = count(*draw(rng, 2000, 0.5, 1.5, 0.4)) + rng.normal(0, 7.5, (2, BINS))
+        errors.append([sure(histograms.area(noisy, variance)) - exact for variance in (56.25, 0.0)])
+    told, whole = np.sqrt(np.mean(np.square(errors), axis=0))
+    assert told <= 0.018 < whole
 
 
 def test_a_noisy_histogram_is_used_as_it_is_and_gives_nothing_without_patients():
@@ -197,7 +231,14 @@ def test_every_value_lies_in_its_interval_and_every_interval_in_0_to_1(seed, bin
 
 @pytest.mark.parametrize(
     ("patients", "share", "separation", "sharpness", "sigma"),
-    [(2000, 0.5, 1.5, 1.0, 7.5), (2000, 0.2, 1.5, 0.5, 7.5), (300, 0.4, 3.0, 2.0, 2.0), (200, 0.5, 1.3, 1.0, 5.0)],
+    [
+        (2000, 0.5, 1.5, 1.0, 7.5),
+        (2000, 0.2, 1.5, 0.5, 7.5),
+        (2000, 0.5, 1.5, 4.0, 7.5),
+        (2000, 0.5, 1.5, 8.0, 7.5),
+        (300, 0.4, 3.0, 2.0, 2.0),
+        (200, 0.5, 1.3, 1.0, 5.0),
+    ],
 )
 def test_95_of_100_intervals_hold_the_truth(patients, share, separation, sharpness, sigma):
     """Fresh patients and fresh noise each time, the truth from 200,000 of them; binning's own error counts too."""
@@ -224,8 +265,8 @@ def test_95_of_100_intervals_hold_the_truth(patients, share, separation, sharpne
             assert one is not None
             held[name].append(one.low <= truth[name] <= one.high)
     for name, times in held.items():
-        assert np.mean(times) >= 0.92, name
-        if name != "ece":  # that one is wider than it would have to be, and says so
+        assert np.mean(times) >= (0.93 if name == "auroc" else 0.92), name
+        if name != "ece" and sharpness < 8:  # that one is wider than it would have to be, and says so
             assert np.mean(times) <= 0.997, name
 
 

@@ -28,24 +28,20 @@ Legend: U units (slots) of K rows, B = U K rows, P entries of a parameter.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fedscan_client.dp.layers import attached
-from fedscan_client.dp.tape import Product, Unsplittable, as_it_is
+from fedscan_client.dp.tape import Product, Unsplittable
 from fedscan_client.dp.ways import (
-    HELD,
     Finish,
-    add_late,
     contract,
     fastest,
-    gram_square,
-    in_place,
     kept,
-    places,
+    late,
     squared_norms,
     unit_gradients,
 )
@@ -99,7 +95,7 @@ class Recorder:
         elif gradient.shape[1] <= _SMALL:
             self.small.append((parameter, gradient))
         else:
-            self._add(parameter, gradient, *kept(gradient, in_place, as_it_is))
+            self._add(parameter, gradient, *kept(gradient, parameter))
 
     def product(self, name: str, parameter: Tensor, product: Product) -> None:
         """See `tape.Tape`."""
@@ -111,24 +107,22 @@ class Recorder:
             self.ways[name] = fastest(product, parameter)
         way = self.ways[name]
         if way == "gram":
-            a, b = product.a(torch.float64), product.b(torch.float64)
             if self.seen is not None:
-                self.seen += [a, b]
-            held = (a, b) if a.numel() <= HELD else None
-            self._add(parameter, None, gram_square(a, b), lambda f, total: add_late(product, held, f, total))
+                self.seen += [product.a(torch.float64), product.b(torch.float64)]
+            self._add(parameter, None, *late(product, parameter))
             return
         gradient = unit_gradients(product, way, restored=False)
-        self._add(parameter, gradient, *kept(gradient, *places(product, way)))
+        self._add(parameter, gradient, *kept(gradient, parameter, product if way == "kept" else None))
 
     def _add(self, parameter: Tensor, gradient: Tensor | None, square: Tensor, finish: Finish) -> None:
         if self.seen is not None:
             self.seen += [square] if gradient is None else [gradient.clone(), square]
         self.parts.append((parameter, square, finish))
 
-    def finish(self, factors: Factors, totals: Mapping[Tensor, Tensor]) -> None:
+    def finish(self, factors: Factors, totals: dict[Tensor, Tensor]) -> None:
         """Adds each used parameter's clipped sum to its total, and forgets what it was made of."""
         for parameter, gradient in self.shared.items():
-            self._add(parameter, gradient, *kept(gradient, in_place, as_it_is))
+            self._add(parameter, gradient, *kept(gradient, parameter))
         small_UP = torch.cat([gradient for _, gradient in self.small], dim=1) if self.small else None
         squares = [square for _, square, _ in self.parts]
         if small_UP is not None:
@@ -139,13 +133,14 @@ class Recorder:
             return
         factor = factors(torch.stack(squares).sum(0))
         if small_UP is not None:
-            summed = small_UP.new_zeros(small_UP.shape[1], dtype=torch.float64)
-            contract(small_UP, factor, summed)
+            summed = small_UP.new_empty(small_UP.shape[1], dtype=torch.float64)
+            contract(small_UP, factor, summed, fresh=True)
             for (parameter, _), part in zip(self.small, summed.split([g.shape[1] for _, g in self.small]), strict=True):
-                totals[parameter].add_(part.view(totals[parameter].shape))
+                part = part.view(parameter.shape)
+                totals[parameter] = totals[parameter].add_(part) if parameter in totals else part
         while self.parts:
             parameter, _, finish = self.parts.pop()
-            finish(factor, totals[parameter])
+            totals[parameter] = finish(factor, totals.get(parameter))
 
 
 def add_clipped_sum(
@@ -156,7 +151,7 @@ def add_clipped_sum(
     y_B: Tensor,
     units: list[slice],
     factors: Factors,
-    sums: Sequence[Tensor],
+    sums: dict[Tensor, Tensor],
 ) -> None:
     """Adds the clipped sum over some units that fit the plan to `sums`.
 
@@ -168,15 +163,14 @@ def add_clipped_sum(
         y_B: targets.
         units: each unit's rows; at most plan.size.
         factors: squared norms to clip factors, 0 for a unit that contributes nothing.
-        sums: one float64 tensor per trainable parameter; fastest if a convolution's has its channels last in memory.
+        sums: a float64 tensor for each parameter that has one; made for the others when there is something to add.
     """
-    totals: dict[Tensor, Tensor] = dict(zip((p for p in module.parameters() if p.requires_grad), sums, strict=True))
     with one_thread():
         for first in range(0, len(units), plan.units):
             inside = units[first : first + plan.units]
             x, y, weight_B = _slots(plan, x_B, y_B, inside)
             tape = Recorder(plan.units, plan.ways)
-            clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors), totals)
+            clipped_pass(module, tape, loss_rows, x, y, weight_B, _of_the_first(len(inside), factors), sums)
 
 
 @contextlib.contextmanager
@@ -231,7 +225,7 @@ def clipped_pass(
     y: Tensor,
     weight_B: Tensor,
     factors: Factors,
-    totals: Mapping[Tensor, Tensor],
+    totals: dict[Tensor, Tensor],
 ) -> None:
     """One forward and one backward pass over a chunk; adds each parameter's clipped sum to its float64 total.
 

@@ -87,7 +87,8 @@ def _conv_product(
     """Patches times output gradients; for a transposed convolution the two change roles."""
     image, grid = (gradient, x) if layer.transposed else (x, gradient)
     positions = math.prod(grid.shape[2:])
-    inputs, outputs = math.prod(layer.kernel_size) * image.shape[1], grid.shape[1]
+    channels, outputs = image.shape[1], grid.shape[1]  # `restore` is kept to the end: it must not hold the image
+    inputs = math.prod(layer.kernel_size) * channels
 
     def a(dtype: torch.dtype) -> Tensor:
         return _patches(image.to(dtype), layer, padding, grid.shape[2:]).reshape(units, -1, inputs)
@@ -96,7 +97,7 @@ def _conv_product(
         return grid.to(dtype).flatten(2).transpose(1, 2).reshape(units, -1, outputs)
 
     def restore(g: Tensor) -> Tensor:
-        split: Tensor = g.unflatten(-1, (*layer.kernel_size, image.shape[1]))
+        split: Tensor = g.unflatten(-1, (*layer.kernel_size, channels))
         return split.movedim(-1, g.dim() - 1)
 
     def lines(g: Tensor) -> Tensor | None:

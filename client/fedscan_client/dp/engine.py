@@ -28,7 +28,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from fedscan_client.dp import bookkeeping, plans, ways
+from fedscan_client.dp import bookkeeping, heap, plans, ways
 
 MARGIN = 1e-3
 SMALLEST = 1e-12  # clipping norm: squares of gradients far smaller vanish in float32
@@ -75,23 +75,30 @@ def clipped_sum(
     if not SMALLEST <= sensitivity(clip) <= 1 / SMALLEST:
         raise ValueError("a clipping norm that float32 gradients cannot be measured by")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    sums = ways.zero_sums(parameters)
+    sums: dict[Tensor, Tensor] = {}  # of the parameters for which there is something to add
     first, units = 0, list[slice]()
     for size in sizes:
         if size:
             units.append(slice(first, first + size))
         first += size
     if engine == "bookkeeping" and parameters:
+        heap.keep_freed()
         units = _bookkept(sums, module, loss_rows, x_B, y_B, units, clip)
     if engine == "opacus":
         _add_by_hooks(sums, module, parameters, loss_rows, x_B, y_B, units, clip)
     else:
         _add_by_loop(sums, module, parameters, loss_rows, x_B, y_B, units, clip)
-    return sums
+    return [sums[p] if p in sums else torch.zeros_like(p, dtype=torch.float64) for p in parameters]
 
 
 def _bookkept(
-    sums: list[Tensor], module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, units: list[slice], clip: Clip
+    sums: dict[Tensor, Tensor],
+    module: nn.Module,
+    loss_rows: LossRows,
+    x_B: Tensor,
+    y_B: Tensor,
+    units: list[slice],
+    clip: Clip,
 ) -> list[slice]:
     """Adds what book-keeping can do to the sums, by size class; returns the units that are left for the loop."""
     left: list[slice] = []
@@ -134,7 +141,7 @@ def _chunks(units: Sequence[slice], parameters: Sequence[Tensor]) -> list[list[s
 
 
 def _add_by_hooks(
-    sums: list[Tensor],
+    sums: dict[Tensor, Tensor],
     module: nn.Module,
     parameters: list[nn.Parameter],
     loss_rows: LossRows,
@@ -148,10 +155,10 @@ def _add_by_hooks(
         # In float64: float32 cannot hold the factor of a huge gradient or a tiny C, and would round it up.
         gradients_UP = [g.double() for g in _by_hooks(module, parameters, loss_rows, x_B, y_B, inside)]
         factor_U = _factors(torch.stack([(g * g).sum(1) for g in gradients_UP]).sum(0), clip)
-        for total, gradient_UP in zip(sums, gradients_UP, strict=True):
+        for parameter, gradient_UP in zip(parameters, gradients_UP, strict=True):
             if not factor_U.all():
                 gradient_UP.masked_fill_(factor_U.view(-1, 1) == 0, 0.0)  # NaN times 0 would be NaN
-            total += (factor_U @ gradient_UP).view(total.shape)
+            _sum_of(sums, parameter).add_((factor_U @ gradient_UP).view(parameter.shape))
 
 
 def _by_hooks(
@@ -193,7 +200,7 @@ def _by_hooks(
 
 
 def _add_by_loop(
-    sums: list[Tensor],
+    sums: dict[Tensor, Tensor],
     module: nn.Module,
     parameters: list[nn.Parameter],
     loss_rows: LossRows,
@@ -211,8 +218,15 @@ def _add_by_loop(
         squares = [ways.squared_norms(g.reshape(1, -1)) for g in gradient]
         factor = float(_factors(torch.stack(squares).sum(0), clip))
         if factor:
-            for total, found in zip(sums, gradient, strict=True):
-                total.add_(found, alpha=factor)
+            for parameter, found in zip(parameters, gradient, strict=True):
+                _sum_of(sums, parameter).add_(found, alpha=factor)
+
+
+def _sum_of(sums: dict[Tensor, Tensor], parameter: Tensor) -> Tensor:
+    """The parameter's sum so far: zeros at first."""
+    if parameter not in sums:
+        sums[parameter] = torch.zeros_like(parameter, dtype=torch.float64)
+    return sums[parameter]
 
 
 def _plain_gradient(

@@ -4,11 +4,12 @@ A plan is made once per network structure, row shape, size class and process, fr
 copy of the network with random weights, and random images. Making it times the exact ways of each weight and both
 memory layouts, then checks the assumption on which `dp.bookkeeping` rests: a unit's part of every sum is the same, bit
 for bit, in every slot and whatever the other slots hold. It also compares the sum with plain autograd. Whoever fails
-gets no plan, and the caller takes the plain loop.
+gets no plan, and the caller takes the plain loop: several times slower, so the logger "fedscan.engine" says why, once
+per network. The reason comes from the same public things; no patient's image or weight had a part in it.
 """
 
-import contextlib
 import copy
+import logging
 import math
 from collections.abc import Iterable
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fedscan_client.dp.bookkeeping import LossRows, Plan, Recorder, clipped_pass, laid_out, one_thread
 from fedscan_client.dp.tape import Unsplittable
-from fedscan_client.dp.ways import alike, now, zero_sums
+from fedscan_client.dp.ways import alike, now
 
 _ROWS = 32  # of a chunk, at least and at most: see `dp.bookkeeping` on remainders
 _MOST_ROWS = 256  # of a chunk whose rows are small
@@ -27,6 +28,8 @@ _RIGHT = 1e-3  # against plain autograd in float32: kernels differ, and so do su
 
 
 _PLANS: dict[object, Plan | None] = {}
+_REASONS: dict[tuple[object, str], None] = {}  # (network, why it is computed by the loop), in the order found
+_log = logging.getLogger("fedscan.engine")
 
 
 def plan_for(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, size: int) -> Plan | None:
@@ -41,9 +44,26 @@ def plan_for(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
         try:
             with one_thread(), torch.random.fork_rng():
                 _PLANS[key] = _planned(module, loss_rows, x_B, y_B, size)
-        except Exception:  # it depends on the network's structure only; the loop says it if it fails there, too
+        except Unsplittable as error:
             _PLANS[key] = None
+            _say(key[0], str(error))
+        except (
+            Exception
+        ) as error:  # it depends on the network's structure only; the loop says it if it fails there, too
+            _PLANS[key] = None
+            _say(key[0], f"{type(error).__name__} in the trial on random images: {error}")
     return _PLANS[key]
+
+
+def reasons() -> list[str]:
+    """Why networks of this process went to the loop; empty if none did."""
+    return list(dict.fromkeys(reason for _, reason in _REASONS))
+
+
+def _say(network: object, reason: str) -> None:
+    if (network, reason) not in _REASONS:
+        _REASONS[network, reason] = None
+        _log.warning("patients are computed one by one, which takes several times as long: %s", reason)
 
 
 def _structure(module: nn.Module) -> tuple[object, ...]:
@@ -59,29 +79,28 @@ def _structure(module: nn.Module) -> tuple[object, ...]:
     return tuple(parts)
 
 
-def _planned(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, size: int) -> Plan | None:
-    replaced = any("forward" in vars(layer) for layer in module.modules())
-    # Whole numbers have no random values that every network takes.
-    if replaced or x_B.dtype not in (torch.float32, torch.float64):
-        return None
+def _planned(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, size: int) -> Plan:
+    """Raises Unsplittable with the reason where there is none."""
+    if any("forward" in vars(layer) for layer in module.modules()):
+        raise Unsplittable("a layer's forward was replaced by hand")
+    if x_B.dtype not in (torch.float32, torch.float64):
+        raise Unsplittable("its inputs are whole numbers, and no random ones fit every network")
     probe = _randomised(module)
     rows = _rows_at_once(probe, x_B)
-    if rows is None or size > rows:
-        return None
+    if size > rows:
+        raise Unsplittable(f"a patient of more than {rows} images")
+    why = Unsplittable("a patient's part depends on its place in the batch")
     for memory_format in _formats(probe, loss_rows, x_B, y_B, Plan(rows // size, size, torch.contiguous_format, {})):
         plan = Plan(rows // size, size, memory_format, {})
-        with contextlib.suppress(Unsplittable):
+        try:
             alike_rows = _probe_rows(plan, x_B, y_B, same=True)
             tape = Recorder(plan.units, plan.ways, tries=True)
-            clipped_pass(probe, tape, loss_rows, *alike_rows, torch.ones_like, _totals(probe))
-            if _certified(plan, probe, loss_rows, x_B, y_B):
-                return plan
-    return None
-
-
-def _totals(probe: nn.Module) -> dict[Tensor, Tensor]:
-    trained = [p for p in probe.parameters() if p.requires_grad]
-    return dict(zip(trained, zero_sums(trained), strict=True))
+            clipped_pass(probe, tape, loss_rows, *alike_rows, torch.ones_like, {})
+            _certify(plan, probe, loss_rows, x_B, y_B)
+            return plan
+        except Unsplittable as error:
+            why = error
+    raise why
 
 
 def _formats(
@@ -116,8 +135,8 @@ def _randomised(module: nn.Module) -> nn.Module:
     return probe
 
 
-def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int | None:
-    """B: the rows of a chunk, from what the layers hand on for one row. None if they are too large, or draw numbers."""
+def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int:
+    """B: the rows of a chunk, from what the layers hand on for one row. Refused: too large, or drawing numbers."""
     entries = 0
 
     def count(layer: nn.Module, inputs: object, output: object) -> None:
@@ -134,10 +153,12 @@ def _rows_at_once(probe: nn.Module, x_B: Tensor) -> int | None:
             hook.remove()
     changed = any(not torch.equal(a, b) for a, b in zip(before[1], probe.buffers(), strict=True))
     if changed or not torch.equal(before[0], torch.get_rng_state()):
-        return None
+        raise Unsplittable("it draws random numbers (dropout), or changes a buffer, in its forward pass")
     if entries * 4 <= _SMALL_ROW:
         return _MOST_ROWS
-    return _ROWS if _ROWS * entries * 4 <= _CHUNK_BYTES else None
+    if _ROWS * entries * 4 > _CHUNK_BYTES:
+        raise Unsplittable(f"{_ROWS} images at once take more than {_CHUNK_BYTES / 2**30:.0f} GiB")
+    return _ROWS
 
 
 def _probe_rows(plan: Plan, x_B: Tensor, y_B: Tensor, *, same: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,24 +174,25 @@ def _probe_rows(plan: Plan, x_B: Tensor, y_B: Tensor, *, same: bool) -> tuple[Te
     return laid_out(x, plan.memory_format), y, weight_B
 
 
-def _certified(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor) -> bool:
-    """Whether a unit's part is the same, bit for bit, in every slot and beside other units; and right."""
+def _certify(plan: Plan, probe: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor) -> None:
+    """Refuses unless a unit's part is the same, bit for bit, in every slot and beside other units; and right."""
     seen: list[list[Tensor]] = [[], []]
     factor_U = torch.linspace(0.5, 1.0, plan.units, dtype=torch.float64, device=x_B.device)
     for same, tensors in zip((True, False), seen, strict=True):
         rows = _probe_rows(plan, x_B, y_B, same=same)
-        totals = _totals(probe)
+        totals: dict[Tensor, Tensor] = {}
         tape = Recorder(plan.units, plan.ways, seen=tensors)
         clipped_pass(probe, tape, loss_rows, *rows, lambda square: factor_U, totals)
     if not all(alike(tensor) for tensor in seen[0]):
-        return False
+        raise Unsplittable("a patient's part depends on its place in the batch")
     if not all(torch.equal(first[0], second[0]) for first, second in zip(*seen, strict=True)):
-        return False
+        raise Unsplittable("a patient's part depends on who else is in the batch")
     # Right, too: against plain autograd with a factor of its own for each unit, so that each unit's rows are its own.
     x, y, weight_B = rows
     trained = [p for p in probe.parameters() if p.requires_grad]
     loss_B = loss_rows(probe(x), y)
     loss = (loss_B * (weight_B * factor_U.repeat_interleave(plan.size)).to(loss_B.dtype)).sum()
     plain = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    off = sum(float((a - b).square().sum()) for a, b in zip(totals.values(), plain, strict=True))
-    return off <= _RIGHT**2 * sum(float(b.double().square().sum()) for b in plain)
+    off = sum(float((totals.get(p, 0.0) - b).square().sum()) for p, b in zip(trained, plain, strict=True))
+    if not off <= _RIGHT**2 * sum(float(b.double().square().sum()) for b in plain):
+        raise Unsplittable("its layers do not give each patient's gradient: rows change places between layers, perhaps")

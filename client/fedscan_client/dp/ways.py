@@ -8,35 +8,33 @@ Legend: U units, K rows of a unit, T positions of a row, p inputs, o outputs, P 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedscan_client.dp.tape import Product, Unsplittable, as_it_is
 
-Restore = Callable[[Tensor], Tensor]
-Finish = Callable[[Tensor, Tensor], None]  # (factors [U], total): adds the clipped sum to the float64 total
+Finish = Callable[[Tensor, Tensor | None], Tensor]  # (factors [U], total so far) -> float64 total
 
 _TRUST = 1e-6  # squared: of a Gram norm against its terms
 _KEPT = 64 * 2**20  # entries of units' gradients kept for one weight
 _BLOCK = 2**18  # entries turned to float64 at once
 _UNFOLDED = 16 * 2**20  # entries of the patches of one layer, at most
+_LATE = 8  # units turned to float64 at once
 _TRIES = 3
-HELD = 2**20  # entries of float64 patches kept between norm and sum rather than made again
+_FRESH = 5e-10  # seconds a byte of memory that is held to the end of the pass: 2 microseconds to map 4096 of them
 
 
-def zero_sums(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """float64 zeros of each parameter's shape, with a convolution's channels last in memory."""
-    sums = []
-    for p in parameters:
-        shape = (p.shape[0], *p.shape[2:], p.shape[1]) if p.dim() > 2 else tuple(p.shape)
-        # NumPy's zeros take no memory before they are written to: after the activations are gone.
-        on_cpu = p.device.type == "cpu"
-        total = torch.from_numpy(np.zeros(shape)) if on_cpu else p.new_zeros(shape, dtype=torch.float64)
-        sums.append(total.movedim(-1, 1) if p.dim() > 2 else total)
-    return sums
+def new_sum(parameter: Tensor, *, channels_last: bool) -> Tensor:
+    """float64 memory for a parameter's sum, not set; a convolution's channels last in memory, as "kept" and "gram" add.
+
+    Made when there is something to write: after a pass, where its activations were.
+    """
+    shape = tuple(parameter.shape)
+    if not channels_last or len(shape) < 3:
+        return parameter.new_empty(shape, dtype=torch.float64)
+    return parameter.new_empty((shape[0], *shape[2:], shape[1]), dtype=torch.float64).movedim(-1, 1)
 
 
 def unit_gradients(product: Product, way: str, *, restored: bool = True) -> Tensor:
@@ -48,25 +46,24 @@ def unit_gradients(product: Product, way: str, *, restored: bool = True) -> Tens
     return product.restore(found) if restored else found
 
 
-def kept(gradient_U: Tensor, lines: Callable[[Tensor], Tensor | None], restore: Restore) -> tuple[Tensor, Finish]:
-    """Norms and sum of units' gradients that are there, [U, ...]; `lines` and `restore` as of a `Product`."""
-    gradient_UP = gradient_U.flatten(1)
+def kept(gradient_U: Tensor, parameter: Tensor, product: Product | None = None) -> tuple[Tensor, Finish]:
+    """Norms and sum of units' gradients that are there: [U, o, p] of a product, or else [U, *parameter.shape]."""
+    gradient_UP, shape = gradient_U.flatten(1), gradient_U.shape[1:]
+    # `finish` waits until the end of the pass: it must not hold the product, which holds the layer's activations.
+    last, lines, restore = (True, product.lines, product.restore) if product else (False, in_place, as_it_is)
 
-    def finish(factor_U: Tensor, total: Tensor) -> None:
+    def finish(factor_U: Tensor, total: Tensor | None) -> Tensor:
+        fresh = total is None
+        total = new_sum(parameter, channels_last=last) if total is None else total
         flat = lines(total)
         if flat is not None:
-            contract(gradient_UP, factor_U, flat.view(-1))
-            return
-        summed = total.new_zeros(gradient_U.shape[1:])
-        contract(gradient_UP, factor_U, summed.view(-1))
-        total += restore(summed).view(total.shape)
+            contract(gradient_UP, factor_U, flat.view(-1), fresh=fresh)
+            return total
+        summed = total.new_empty(shape)
+        contract(gradient_UP, factor_U, summed.view(-1), fresh=True)
+        return total.copy_(restore(summed).view_as(total)) if fresh else total.add_(restore(summed).view_as(total))
 
     return squared_norms(gradient_UP), finish
-
-
-def places(product: Product, way: str) -> tuple[Callable[[Tensor], Tensor | None], Restore]:
-    """Where the way's sum lies in the total, and how it is put there otherwise."""
-    return (product.lines, product.restore) if way == "kept" else (in_place, as_it_is)
 
 
 def in_place(total: Tensor) -> Tensor | None:
@@ -86,13 +83,13 @@ def squared_norms(gradient_UP: Tensor) -> Tensor:
     return square
 
 
-def contract(gradient_UP: Tensor, factor_U: Tensor, total_P: Tensor) -> None:
-    """Adds the sum over units of factor times gradient, in float64; a unit of factor 0 may be NaN."""
+def contract(gradient_UP: Tensor, factor_U: Tensor, total_P: Tensor, *, fresh: bool) -> None:
+    """Adds (fresh: sets) the sum over units of factor times gradient, in float64; a unit of factor 0 may be NaN."""
     absent = None if factor_U.all() else factor_U.view(-1, 1) == 0
     step = max(1, _BLOCK // len(gradient_UP))
     for block, part in zip(gradient_UP.split(step, dim=1), total_P.split(step), strict=True):
         block = block.double()
-        part.addmv_((block if absent is None else block.masked_fill(absent, 0.0)).t(), factor_U)
+        part.addmv_((block if absent is None else block.masked_fill(absent, 0.0)).t(), factor_U, beta=0 if fresh else 1)
 
 
 def gram_square(a: Tensor, b: Tensor) -> Tensor:
@@ -103,38 +100,44 @@ def gram_square(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(torch.isfinite(square), torch.maximum(square, _TRUST * terms), square)
 
 
-def add_late(product: Product, held: tuple[Tensor, Tensor] | None, factor_U: Tensor, total: Tensor) -> None:
-    """Adds the clipped sum from its factors, in float64: products of float32 numbers are exact there."""
-    a, b = held or (product.a(torch.float64), product.b(torch.float64))
-    b = b * factor_U.view(-1, 1, 1)
-    if not factor_U.all():
-        gone = factor_U.view(-1, 1, 1) == 0
-        a, b = a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)
-    a, b = a.flatten(0, 1), b.flatten(0, 1).t()
-    lines = product.lines(total)
-    if lines is None:
-        total += product.restore(b @ a)
-    else:
-        lines.addmm_(b, a)
+def late(product: Product, parameter: Tensor) -> tuple[Tensor, Finish]:
+    """Norms by Gram matrices; the clipped sum from the factors, in float64: products of float32 are exact there."""
+
+    def finish(factor_U: Tensor, total: Tensor | None) -> Tensor:
+        fresh = total is None
+        total = new_sum(parameter, channels_last=True) if total is None else total
+        flat = product.lines(total)
+        lines = total.new_empty(product.shape[2], product.shape[1]) if flat is None else flat
+        add = not fresh and flat is not None
+        a, b = product.a(product.dtype), product.b(torch.float64) * factor_U.view(-1, 1, 1)
+        if not factor_U.all():
+            gone = factor_U.view(-1, 1, 1) == 0
+            a, b = a.masked_fill(gone, 0.0), b.masked_fill(gone, 0.0)
+        for a_part, b_part in zip(a.split(_LATE), b.split(_LATE), strict=True):  # float64 only what the cache holds
+            lines.addmm_(b_part.flatten(0, 1).t(), a_part.flatten(0, 1).double(), beta=int(add))
+            add = True
+        if flat is None:
+            found = product.restore(lines).view_as(total)
+            total = found.clone() if fresh else total.add_(found)
+        return total
+
+    return gram_square(product.a(torch.float64), product.b(torch.float64)), finish
 
 
 def fastest(product: Product, parameter: Tensor) -> str:
     """The fastest way whose result is the same in every slot, for a product whose slots all hold the same."""
     times: dict[str, float] = {}
-    (total,) = zero_sums([parameter])
     for way in _candidates(product):
         best = math.inf
         for _ in range(_TRIES):
             start = now()
-            if way == "gram":
-                a, b, made = product.a(torch.float64), product.b(torch.float64), None
-                square = gram_square(a, b)
-                add_late(product, (a, b) if a.numel() <= HELD else None, torch.ones_like(square), total)
+            made = None if way == "gram" else unit_gradients(product, way, restored=False)
+            if made is None:
+                square, finish = late(product, parameter)
             else:
-                made = unit_gradients(product, way, restored=False)
-                square, finish = kept(made, *places(product, way))
-                finish(torch.ones_like(square), total)
-            best = min(best, now() - start)
+                square, finish = kept(made, parameter, product if way == "kept" else None)
+            finish(torch.ones_like(square), None)
+            best = min(best, now() - start + (0.0 if made is None else _FRESH * made.nbytes))
             if not alike(square) or (made is not None and not alike(made)):
                 best = math.inf
                 break

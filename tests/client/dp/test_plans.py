@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedscan_client.dp import bookkeeping, engine, plans, ways
+from fedscan_client.dp import bookkeeping, engine, plans
 from fedscan_client.dp.bookkeeping import Plan, Recorder, clipped_pass
 from fedscan_client.dp.engine import clipped_sum
 from fedscan_models import tasks
@@ -131,11 +131,11 @@ def test_the_bound_holds_for_weights_that_amplify_a_remainder(size):
         """What chunks of 48 rows would do."""
         plan = Plan(48 // size, size, torch.contiguous_format, {"0": "kept", "2": "kept"})
         units = [slice(i * size, (i + 1) * size) for i in range(count)]
-        sums = ways.zero_sums(list(module.parameters()))
+        sums: dict[torch.Tensor, torch.Tensor] = {}
         bookkeeping.add_clipped_sum(
             plan, module, tasks.loss_rows, x_B, y_B, units, lambda square: engine._factors(square, 1.0), sums
         )
-        return sums
+        return [sums[p] for p in module.parameters()]
 
     assert change(engines) <= 1.0
     column = nn.functional.softplus(torch.full((48, 3), float(value)))[:, 0]
@@ -201,3 +201,25 @@ def test_weights_do_not_enter_a_plan(oracle):
     assert plans._structure(module) == plans._structure(other)
     x_B, y_B = oracle.rows((3,), 2, kind=torch.float32)
     assert oracle.planned(other, x_B, y_B, [1])
+
+
+def test_the_reason_for_the_loop_is_said_once_per_network_and_not_by_the_data(oracle, monkeypatch, caplog):
+    monkeypatch.setattr(plans, "_PLANS", {})
+    monkeypatch.setattr(plans, "_REASONS", {})
+    monkeypatch.setattr(plans._log.parent, "propagate", True)  # the command line turns it off
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    texts = []
+    for x_B in (torch.zeros(4, 3), torch.full((4, 3), float("nan"))):
+        plans._PLANS.clear()
+        for sizes in ([1] * 4, [1] * 4, [2, 2]):
+            clipped_sum(module, tasks.loss_rows, x_B, torch.ones(4), sizes, clip=1.0)
+        texts.append(plans.reasons())
+    assert texts[0] == texts[1] and len(texts[0]) == 1 and "dropout" in texts[0][0]
+    assert [record.getMessage() for record in caplog.records if record.name == "fedscan.engine"] == [
+        f"patients are computed one by one, which takes several times as long: {texts[0][0]}"
+    ]
+    plain = nn.Sequential(nn.Linear(3, 1))
+    clipped_sum(plain, tasks.loss_rows, torch.zeros(4, 3), torch.ones(4), [1] * 4, clip=1.0)
+    assert plans.reasons() == texts[0]
+    clipped_sum(plain, tasks.loss_rows, torch.zeros(600, 3), torch.ones(600), [600], clip=1.0)
+    assert "more than 256 images" in plans.reasons()[1]
