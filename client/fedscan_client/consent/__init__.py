@@ -11,7 +11,10 @@
 
 Default deny: no row, an unknown word, a date that cannot be read, a register that is missing, damaged or too old: no
 patient is read. Patients are found by the hospital's own identifier, issuer and number, as it is written: spaces around
-it do not count, case and leading zeros do. Only its keyed HMAC outlives the reading.
+it do not count, nor how Unicode composes its letters; case and leading zeros do. Only its keyed HMAC outlives the
+reading.
+
+Whether a register can be used at all is the hospital's public fact, outside of the privacy guarantee: see register.py.
 """
 
 from fedscan_client.consent.decision import WHY, Decision, NoPermit

@@ -2,7 +2,8 @@
 
 Read are a file with a Bundle (JSON), a file of NDJSON (one resource a line), or a folder of such files, as FHIR Bulk
 Data Export writes them; all files of a folder are one export. Its date is the newest of manifest.json's
-transactionTime, Bundle.timestamp and Bundle.meta.lastUpdated; without any of them that of the resources.
+transactionTime, Bundle.timestamp and Bundle.meta.lastUpdated; without any of them the day on which the newest file was
+modified. It is never a resource's: whether an export is too old must not depend on one patient.
 
 A consent belongs to a patient by `patient.identifier` (R5: `subject`), or through a reference to a Patient in the same
 file or folder; identifiers count whose system is in `settings.issuers`. Of a patient's consents the newest decides:
@@ -27,7 +28,7 @@ from fedscan_client.consent import fhir_consent, fhir_values
 from fedscan_client.consent.decision import Decision
 from fedscan_client.consent.fhir_consent import Said
 from fedscan_client.consent.fhir_values import Malformed, Node, NotUnderstood
-from fedscan_client.consent.lists import is_identifier
+from fedscan_client.consent.lists import is_identifier, modified
 from fedscan_client.consent.settings import Settings
 from fedscan_client.intake.deid import patient_name
 from fedscan_client.intake.records import PatientId
@@ -68,8 +69,8 @@ class _Export:
 
     consents: list[tuple[int, Said, _Whose]] = field(default_factory=list)
     patients: dict[tuple[int, str] | str, _Patient | None] = field(default_factory=dict)  # None: two of one name
-    dates: list[date] = field(default_factory=list)
-    resource_dates: list[date] = field(default_factory=list)
+    dates: list[date] = field(default_factory=list)  # that it declares itself
+    modified: list[date] = field(default_factory=list)  # of its files
 
 
 def read(
@@ -81,6 +82,7 @@ def read(
     total = 0
     for number, file in enumerate(files, start=1):
         try:
+            export.modified.append(modified(file))
             for resource, url in _resources(file, export):
                 total += resource.get("resourceType") == "Consent"
                 _take(resource, url, number, export, settings, key, today)
@@ -92,13 +94,12 @@ def read(
                 f"File {number} of {len(files)} of the consent register {settings.path}: {what}.",
                 remedy="Export it again as FHIR JSON: one Bundle, or NDJSON.",
             ) from None
-    dated = export.dates or [day for day in export.resource_dates if day <= today]
-    if not total or not dated:
+    if not total:
         raise ConsentError(
-            f"The consent register {settings.path} holds no FHIR Consent, or no date at all.",
+            f"The consent register {settings.path} holds no FHIR Consent.",
             remedy="Export the Consents of research again, with the Patients they refer to.",
         )
-    return max(dated), _decisions(export, settings, notes)
+    return max(export.dates or export.modified), _decisions(export, settings, notes)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -199,16 +200,6 @@ def _take(resource: Node, url: str, file: int, export: _Export, settings: Settin
         if said is not None:
             whose = _whose([resource.get("patient"), resource.get("subject")], settings, key)
             export.consents.append((file, said, whose))
-    else:
-        return
-    meta = resource.get("meta")
-    updated = meta.get("lastUpdated") if isinstance(meta, dict) else None
-    for text in (updated, resource.get("dateTime"), resource.get("date")):
-        if isinstance(text, str):
-            try:
-                export.resource_dates.append(fhir_values.moment(text, "").first)
-            except NotUnderstood:
-                continue
 
 
 def _patient(resource: Node, settings: Settings, key: bytes) -> _Patient:

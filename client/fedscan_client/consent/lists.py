@@ -2,7 +2,7 @@
 
 UTF-8, comma-separated, the columns named in the first line, which may be preceded by
 
-    # as-of: 2026-11-20       the day the list was drawn up; needed but for a register, whose newest date counts instead
+    # as-of: 2026-11-20       the day the list was drawn up; without it, the day on which the file was last modified
     # rows: 1234              how many rows follow: a cut list is then noticed
 
 | kind | columns | may also have |
@@ -12,7 +12,13 @@ UTF-8, comma-separated, the columns named in the first line, which may be preced
 | opt-out | patient_id | issuer, date |
 
 Dates are YYYY-MM-DD; by_guardian is yes or no. A column of another name is refused: a misspelt `until` must not be
-read as no end. An objection counts for its issuer, for the site's default one and for none.
+read as no end. No row's date is ever the list's: whether a register is too old must not depend on one patient.
+
+An objection counts for its issuer, for the site's default one and for none. Patients are looked up by the issuer in
+their image's header as well, so an objection that names none could be missed. Where `issuer` is a column, each row has
+to name one, or [consent] has to; where it is none, the list speaks only of ids that [consent] issuer gave out, and an
+image whose header names another issuer is refused by `Register.covers`. A header that spells its issuer unlike the list
+is not noticed.
 
 A register permits a patient when **every** row about them says `permit` with a date that is not in the future; the rows
 of the newest date say until when and by whom. One `deny` or `withdrawn` among ten permits: not permitted. To let
@@ -48,9 +54,13 @@ Row = Mapping[str, str]
 
 def read(
     settings: Settings, key: bytes, path: Path, today: date, notes: Counter[str]
-) -> tuple[date, dict[str, Decision], Decision]:
-    """A list's date, what it says of each patient in it, and what of everybody else. See `register.load`."""
-    as_of, rows = _parse(settings, path)
+) -> tuple[date, dict[str, Decision], Decision, str | None]:
+    """A list's date, what it says of each patient in it, what of everybody else, and its only issuer.
+
+    See `register.load` and `Register.issuer`.
+    """
+    drawn_up, columns, rows = _parse(settings, path)
+    opt_out = settings.kind == "opt-out"
     by_name: dict[str, list[Row]] = defaultdict(list)
     for number, row in enumerate(rows, start=1):
         who = PatientId(row["patient_id"], row.get("issuer") or settings.issuer)
@@ -59,23 +69,35 @@ def read(
                 f"Row {number} of the consent register {settings.path} has no patient id that can be read.",
                 remedy="Correct the row, or leave it out if it is nobody's.",
             )
+        if opt_out and "issuer" in columns and not who.issuer:
+            raise ConsentError(  # it would be missed where the header names an issuer
+                f"Row {number} of the consent register {settings.path} does not say who issued the patient id.",
+                remedy="Fill in the issuer, as image headers name it, or set [consent] issuer for rows without one.",
+            )
         # An objection must not be missed because a header and a list do not name the issuer alike.
-        issuers = {who.issuer, settings.issuer, ""} if settings.kind == "opt-out" else {who.issuer}
+        issuers = {who.issuer, settings.issuer, ""} if opt_out else {who.issuer}
         for issuer in issuers:
             by_name[patient_name(key, PatientId(who.id, issuer))].append(row)
-    days = [day for row in rows if (day := iso(row.get("date", ""))) and day <= today]
-    drawn_up = as_of or max(days, default=None)
-    if drawn_up is None:
-        raise ConsentError(
-            f"The consent register {settings.path} does not say when it was drawn up.",
-            remedy="Write '# as-of: YYYY-MM-DD' as its first line.",
-        )
     of = f"{settings.kind} of {drawn_up}"
-    if settings.kind == "opt-out":
-        objected = Decision(False, "objected", of)
-        return drawn_up, dict.fromkeys(by_name, objected), Decision(True, "no_objection", settings.legal_basis.strip())
+    if opt_out:
+        # By its columns, never by its rows: whom the list covers must not depend on one patient.
+        only = None if "issuer" in columns else settings.issuer
+        others = Decision(True, "no_objection", settings.legal_basis.strip())
+        return drawn_up, dict.fromkeys(by_name, Decision(False, "objected", of)), others, only
     decisions = {name: _of_rows(settings.kind, mine, of, today, notes) for name, mine in by_name.items()}
-    return drawn_up, decisions, Decision(False, "not_listed", of)
+    return drawn_up, decisions, Decision(False, "not_listed", of), None
+
+
+def modified(path: Path) -> date:
+    """The day on which a file was last modified, by this machine's clock.
+
+    Raises:
+        OSError: it is not there, or may not be looked at.
+    """
+    try:
+        return date.fromtimestamp(path.stat().st_mtime)
+    except (ValueError, OverflowError):
+        return date.max  # beyond the calendar: from the future
 
 
 def is_identifier(who: PatientId) -> bool:
@@ -136,10 +158,11 @@ def _of_row(kind: str, row: Row, of: str, today: date, notes: Counter[str]) -> D
     return Decision(True, "permit" if kind == "register" else "cleared", of, given, end, by_guardian, born)
 
 
-def _parse(settings: Settings, path: Path) -> tuple[date | None, list[Row]]:
-    """The date a list declares, and its rows. Error texts hold nothing out of it."""
+def _parse(settings: Settings, path: Path) -> tuple[date, list[str], list[Row]]:
+    """A list's date, columns and rows. Error texts hold nothing out of it."""
     name = f"The consent register {settings.path}"
     try:
+        day = modified(path)  # before reading: who writes in between makes it seem older, never newer
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConsentError(f"{name} is not UTF-8 text.", remedy="Save it as 'CSV UTF-8'.") from None
@@ -148,11 +171,7 @@ def _parse(settings: Settings, path: Path) -> tuple[date | None, list[Row]]:
             f"{name} cannot be read ({error.strerror}).", remedy="Check [consent] path and its permissions."
         ) from None
     as_of, count, text = _declared(name, text)
-    if settings.kind != "register" and as_of is None:
-        raise ConsentError(
-            f"{name} does not say when it was drawn up.", remedy="Write '# as-of: YYYY-MM-DD' as its first line."
-        )
-    rows = _rows(name, text, _NEEDED[settings.kind], _OPTIONAL[settings.kind])
+    columns, rows = _rows(name, text, _NEEDED[settings.kind], _OPTIONAL[settings.kind])
     if not rows and count != 0:
         raise ConsentError(
             f"{name} has no rows: perhaps the export failed.",
@@ -160,7 +179,7 @@ def _parse(settings: Settings, path: Path) -> tuple[date | None, list[Row]]:
         )
     if count is not None and count != len(rows):
         raise ConsentError(f"{name} has {len(rows)} rows and announces {count}.", remedy="Export it again.")
-    return as_of, rows
+    return as_of or day, columns, rows
 
 
 def _declared(name: str, text: str) -> tuple[date | None, int | None, str]:
@@ -182,7 +201,7 @@ def _declared(name: str, text: str) -> tuple[date | None, int | None, str]:
     return as_of, count, text
 
 
-def _rows(name: str, text: str, needed: Sequence[str], optional: Sequence[str]) -> list[Row]:
+def _rows(name: str, text: str, needed: Sequence[str], optional: Sequence[str]) -> tuple[list[str], list[Row]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
@@ -206,4 +225,4 @@ def _rows(name: str, text: str, needed: Sequence[str], optional: Sequence[str]) 
         raise ConsentError(
             f"{name} is no valid CSV near line {reader.line_num} of its table.", remedy="Export it again as CSV."
         ) from None
-    return rows
+    return columns, rows

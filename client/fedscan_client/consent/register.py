@@ -1,4 +1,11 @@
-"""One register out of whatever the hospital has, and when a permit ends."""
+"""One register out of whatever the hospital has, and when a permit ends.
+
+Whether a register can be used is a public fact about the hospital, outside of the adjacency of the privacy guarantee: a
+site without a usable one does not train, and a server sees that. One malformed row suffices: a withdrawal lost in it
+could be anybody's. `fedscan agent consent check` after each export finds it before a round does. A well-formed row
+decides this only where it is the only one (an empty export is refused): the register's age is the file's, not a row's,
+and a row that is unclear about a known patient refuses this patient only.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -6,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from types import MappingProxyType
+from unicodedata import normalize
 
 from fedscan_client.consent import fhir, lists, withdrawals
 from fedscan_client.consent.decision import Decision, NoPermit
@@ -23,6 +31,7 @@ class Register:
         others: of whoever is not in it.
         withdrawn: who withdrew here -> the last time.
         notes: what in it was not understood -> how often. Places and codes, for the hospital's own eyes.
+        issuer: the only one whose ids a list of objections speaks of, "" for ids without one; None: not limited.
     """
 
     drawn_up: date
@@ -30,6 +39,14 @@ class Register:
     others: Decision
     withdrawn: Mapping[str, date] = field(default_factory=lambda: MappingProxyType({}))
     notes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    issuer: str | None = None
+
+    def covers(self, issuer: str) -> bool:
+        """Whether the register can speak of patients whose image names this issuer ("": none, or the site's own).
+
+        Where it cannot, `decide` would miss an objection: no such image may be read, or kept.
+        """
+        return self.issuer is None or not issuer or normalize("NFC", issuer) == normalize("NFC", self.issuer)
 
     def decide(self, name: str) -> Decision:
         """Whether images of this patient may be read. Default: no.
@@ -56,15 +73,16 @@ def load(settings: Settings, key: bytes, *, site_folder: Path, today: date) -> R
 
     Raises:
         ConsentError: it is missing, unreadable, damaged, empty, from the future or too old, or a row may be a refusal
-            and does not say whose. Its text holds nothing out of the register.
+            or objection and does not say whose. Its text holds nothing out of the register.
     """
     path = site_folder / settings.path
     notes: Counter[str] = Counter()
+    issuer = None
     if settings.kind == "fhir":
         drawn_up, decisions = fhir.read(settings, key, path, today, notes)
         others = Decision(False, "not_listed", f"FHIR Consents of {drawn_up}")
     else:
-        drawn_up, decisions, others = lists.read(settings, key, path, today, notes)
+        drawn_up, decisions, others, issuer = lists.read(settings, key, path, today, notes)
     age = (today - drawn_up).days
     if not 0 <= age <= settings.max_age_days:
         raise ConsentError(
@@ -73,7 +91,7 @@ def load(settings: Settings, key: bytes, *, site_folder: Path, today: date) -> R
             remedy="Export a fresh register, and check the clock of this machine.",
         )
     settled = {name: _of_age(decision, settings, today) for name, decision in decisions.items()}
-    return Register(drawn_up, settled, others, withdrawals.read(site_folder), notes)
+    return Register(drawn_up, settled, others, withdrawals.read(site_folder), notes, issuer)
 
 
 def until(decision: Decision, born: date | None, settings: Settings) -> date | None:

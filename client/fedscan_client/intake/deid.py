@@ -19,6 +19,7 @@ for a released image, Clean Pixel Data. Method codes: PS3.16 CID 7050.
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,17 +49,33 @@ def identity(ds: Dataset, default_issuer: str = "") -> PatientId:
     """The patient as the hospital names them; `default_issuer` stands in where the header names no issuer.
 
     Raises:
-        Refused: "patient_id": no id, several, or letters that could not be decoded (two ids could look the same).
+        Refused: "patient_id": no id, several, or letters that could not be decoded (two ids could look the same); or
+            the issuer is named by its Qualifiers Sequence (0010,0024) only, whose ids must not be taken for ours.
     """
     patient = headers.identifier(ds, "PatientID")
     if headers.value(ds, "IssuerOfPatientID") in (None, ""):
+        if _qualified(ds):
+            raise Refused("patient_id")
         return PatientId(patient, default_issuer)
     return PatientId(patient, headers.identifier(ds, "IssuerOfPatientID"))
 
 
 def patient_name(key: bytes, patient: PatientId) -> str:
-    """The patient's pseudonym in a project: 32 hex digits; equal ids of two issuers are two patients."""
-    return pseudonym(key, "pid", f"{patient.issuer}\0{patient.id}")
+    """The patient's pseudonym in a project: 32 hex digits; equal ids of two issuers are two patients.
+
+    Ids that are canonically equivalent (Unicode Annex 15: one letter, or a letter and its accent) are one patient.
+    """
+    return pseudonym(key, "pid", normalize("NFC", f"{patient.issuer}\0{patient.id}"))
+
+
+def _qualified(ds: Dataset) -> bool:
+    """Whether an item of Issuer of Patient ID Qualifiers Sequence (PS3.3 C.7.1.1) holds any value."""
+    items = headers.value(ds, "IssuerOfPatientIDQualifiersSequence") or ()
+    try:
+        with headers.quiet():
+            return any(element.VR != "SQ" and not element.is_empty for item in items for element in item.iterall())
+    except Exception:  # pydicom parses on access, and a damaged element can raise anything
+        raise Refused("bad_header") from None
 
 
 @headers.quiet()

@@ -1,8 +1,9 @@
 """Consents as hospitals write them, and a register read from them."""
 
 import json
+import os
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,16 @@ def name_of(number: str = "0815", issuer: str = "") -> str:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Register]:
-    """Writes a register (text, or JSON of something) into a site's folder and reads it."""
+    """Writes a register (text, or JSON of something) into a site's folder, `modified` on a day, and reads it."""
 
-    def read(content: Any, *, name: str = "", today: date = TODAY, **settings: Any) -> Register:
+    def read(
+        content: Any, *, name: str = "", today: date = TODAY, modified: date = date(2026, 1, 9), **settings: Any
+    ) -> Register:
         kind = settings.pop("kind", "register" if isinstance(content, str) else "fhir")
         path = tmp_path / (name or ("list.csv" if kind != "fhir" else "fhir.json"))
         path.parent.mkdir(exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        os.utime(path, (datetime.combine(modified, time(12)).timestamp(),) * 2)
         if kind == "fhir":
             settings.setdefault("issuers", {MRN: ""})
         chosen = Settings(kind=kind, path=settings.pop("path", Path(path.name)), **settings)

@@ -184,13 +184,29 @@ def test_ndjson_and_folders(load):
     with pytest.raises(ConsentError):
         load(ndjson(patient()), kind="fhir", name="export/Patient.ndjson", path="export")  # no Consent
     register = load(ndjson(mii_consent()), kind="fhir", name="export/Consent.ndjson", path="export")
-    assert register.decide(name_of()).permit and register.drawn_up == date(2026, 1, 10)  # meta.lastUpdated
+    assert register.decide(name_of()).permit and register.drawn_up == date(2026, 1, 9)  # the files' day
+    register = load(ndjson(patient()), kind="fhir", name="export/P.ndjson", path="export", modified=date(2026, 1, 8))
+    assert register.drawn_up == date(2026, 1, 9)  # of the newest file
     manifest = {"transactionTime": "2026-01-14T01:00:00Z", "output": []}
     register = load(manifest, name="export/manifest.json", path="export")
     assert register.drawn_up == date(2026, 1, 14)
     for stranger in ("export/Consent.ndjson.gz", "export/deeper/x.ndjson"):
         with pytest.raises(ConsentError, match="neither"):
             load("", kind="fhir", name=stranger, path="export")
+
+
+@pytest.mark.parametrize("day", ["2024-02-23", "2026-01-14", "2026-02-01"])
+def test_an_export_is_never_as_old_as_a_consent(load, day):
+    """With one patient more or less, a server must not see the site refuse."""
+    consent = dated(day, meta={"lastUpdated": f"{day}T00:00:00Z"})
+    plain = {k: v for k, v in bundle(consent).items() if k != "timestamp"}
+    for content, drawn_up in ((plain, date(2026, 1, 5)), (bundle(consent), date(2026, 1, 12))):
+        age = (date(2026, 1, 15) - drawn_up).days
+        assert load(content, modified=date(2026, 1, 5), max_age_days=age).drawn_up == drawn_up
+        with pytest.raises(ConsentError, match=str(drawn_up)):
+            load(content, modified=date(2026, 1, 5), max_age_days=age - 1)
+    with pytest.raises(ConsentError, match="future"):
+        load(plain, modified=date(2026, 1, 16))
 
 
 def test_a_reference_means_the_same_files_patient_first(load):

@@ -13,7 +13,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import JPEG2000Lossless
 
 from fedscan_client.intake import deid, kinds
-from fedscan_client.intake.deid import deidentify, identity, patient_name, pseudonym, pseudonymous_uid
+from fedscan_client.intake.deid import deidentify, patient_name, pseudonym, pseudonymous_uid
 from fedscan_client.intake.profile_values import CODES
 from fedscan_client.intake.records import PatientId, Rectangle, Refused
 from fedscan_core.errors import DataError
@@ -76,24 +76,6 @@ def test_result_is_dicom_with_the_same_picture(hospital):
     assert methods(again) == ["113100", "113105", "113107", "113108"]
     assert again.LongitudinalTemporalInformationModified == "MODIFIED"
     assert again.StudyDate < original.StudyDate and again.StudyTime == ""
-
-
-def test_who_the_patient_is(cr_instance):
-    assert identity(cr_instance()) == PatientId("A-1")
-    assert identity(cr_instance(), "site") == PatientId("A-1", "site")
-    assert identity(cr_instance(IssuerOfPatientID=" clinic "), "site") == PatientId("A-1", "clinic")
-    pairs = [("1", ""), ("1", "a"), ("1", "b"), ("a1", ""), ("", "a1"), ("1a", ""), ("a", "1")]
-    assert len({patient_name(KEY, PatientId(*pair)) for pair in pairs}) == len(pairs)
-    assert deidentify(cr_instance(), KEY, issuer="site").PatientID == patient_name(KEY, PatientId("A-1", "site"))
-    for wrong in (
-        {"PatientID": None},
-        {"PatientID": "  "},
-        {"PatientID": ["A", "B"]},
-        {"IssuerOfPatientID": ["A", "B"]},
-    ):
-        with pytest.raises(Refused) as caught:
-            identity(cr_instance(**wrong))
-        assert caught.value.reason == "patient_id"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def parse_rows(
         missing = [column for column in needed if column not in columns]
         if missing:
             raise error(
-                f"{name} has no column {missing[0]!r}; it has {', '.join(columns) or 'none'}.",
+                f"{name} has no column {missing[0]!r}.",  # what it has may be its first patient
                 remedy="Name the columns in the first line, separated by commas.",
             )
         if len(set(columns)) != len(columns):

@@ -48,9 +48,9 @@ HEAD = "file,index,patient_id,label,split\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no column 'file'; it has none"),
-        ("file;patient_id;label\n", "no column 'file'; it has file;patient_id;label"),
-        ("file,label\na.png,1\n", "no column 'patient_id'; it has file, label"),
+        ("", "no column 'file'."),
+        ("file;patient_id;label\n", "no column 'file'."),
+        ("file,label\na.png,1\n", "no column 'patient_id'."),
         ("file,patient_id,label,file\n", "twice"),
         (HEAD, "no rows"),
         (HEAD + "a.png,,,1,\n", "Line 2 of metadata.csv has no patient_id"),
@@ -78,6 +78,12 @@ def test_every_bad_table_is_one_clear_error(table, text, says):
     with pytest.raises(DataError) as caught:
         read_table(table(text))
     assert says in caught.value.message and caught.value.remedy
+
+
+def test_a_table_without_a_header_line_does_not_print_its_first_patient(table):
+    with pytest.raises(DataError) as caught:
+        read_table(table("a.png,CANARY-4711,1\nb.png,P2,0\n"))
+    assert "CANARY" not in str(caught.value) + caught.value.remedy
 
 
 def test_missing_table_links_out_and_npz_without_images(table, tmp_path_factory):
