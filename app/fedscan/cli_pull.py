@@ -129,7 +129,7 @@ def _permitted(here: "Site") -> "Permitted":
 
     def permitted(patient: "PatientId") -> bool:
         whole = replace(patient, issuer=patient.issuer or here.issuer)
-        return register.decide(patient_name(names, whole)).permit
+        return register.covers(whole.issuer) and register.decide(patient_name(names, whole)).permit
 
     return permitted
 

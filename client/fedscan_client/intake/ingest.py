@@ -100,7 +100,7 @@ def _ingest(site: Site, dry: bool, allow_loss: bool, today: date, tell: Tell) ->
     tallies, accepted, skipped = Tallies(), set[str](), Counter[str]()
     with index.opened(site.folder, key.wrapping, dry=dry) as seen:
         found = objects.found(site, key, skipped)
-        scan(found, seen, key=names, issuer=site.issuer, tell=lambda done: tell("headers", done, None))
+        scan(found, seen, key=names, issuer=site.issuer, register=register, tell=lambda n: tell("headers", n, None))
         # What was skipped, or could not be read, may still be there: then nothing follows from absence.
         whole = not skipped and "unreadable" not in seen.reasons()
         if whole:
@@ -109,7 +109,7 @@ def _ingest(site: Site, dry: bool, allow_loss: bool, today: date, tell: Tell) ->
         if not seen.count():
             raise DataError("The source holds nothing.", remedy="Check that the share is mounted, or pull first.")
         tallies.headers(seen.reasons())
-        work = Work(site, key, names, seen, table, cached, dry)
+        work = Work(site, key, names, seen, table, register, cached, dry)
         everybody = seen.patients()
         for number, name in enumerate(everybody):
             tell("patients", number, len(everybody))

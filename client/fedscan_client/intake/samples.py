@@ -28,7 +28,7 @@ def headers(site: Site, count: int, *, today: date | None = None) -> list[list[R
             with item.open() as stream:
                 patient = deid.identity(read.header(stream, item.size), site.issuer)
                 decision = register.decide(deid.patient_name(names, patient))
-                if decision.permit and not decision.by_guardian:
+                if decision.permit and not decision.by_guardian and register.covers(patient.issuer):
                     stream.seek(0)
                     found.append(preview(read.whole(stream, item.size), names, issuer=site.issuer))
         except (Refused, OSError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from pydicom.dataset import Dataset
 
+from fedscan_client.consent import Register
 from fedscan_client.intake import deid, headers, read
 from fedscan_client.intake.index import Header, Index
 from fedscan_client.intake.records import REVIEW, Refused
@@ -16,7 +17,18 @@ from fedscan_core.errors import DataError
 _DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR (PS3.3 F)
 
 
-def scan(found: Iterable[Found], index: Index, *, key: bytes, issuer: str, tell: Callable[[int], None]) -> None:
+_VERSION = 1  # of what is read of a header: another number reads every header again
+
+
+def scan(
+    found: Iterable[Found],
+    index: Index,
+    *,
+    key: bytes,
+    issuer: str,
+    register: Register,
+    tell: Callable[[int], None],
+) -> None:
     """Reads the header of every object that is new or changed.
 
     Args:
@@ -24,22 +36,27 @@ def scan(found: Iterable[Found], index: Index, *, key: bytes, issuer: str, tell:
         index: the open index.
         key: the site's key for this project.
         issuer: who gave out the patient ids, where a header does not say.
+        register: whose issuers it speaks of decides whether a patient can be told from another hospital's.
         tell: told how many objects were looked at.
     """
     for number, item in enumerate(found, 1):
-        if not index.seen(item.locator, item.stamp):
-            index.put(item.locator, item.stamp, _header(item, key, issuer))
+        stamp = f"{_VERSION}:{register.issuer}:{item.stamp}"
+        if not index.seen(item.locator, stamp):
+            index.put(item.locator, stamp, _header(item, key, issuer, register))
         tell(number)
 
 
-def name_of(ds: Dataset, key: bytes, issuer: str) -> Header:
+def name_of(ds: Dataset, key: bytes, issuer: str, register: Register) -> Header:
     """Whose and which object this is; `reason` says so where it is of a kind that is never accepted.
 
     Raises:
         Refused: the header does not say.
     """
     reason = review = ""
-    patient = deid.patient_name(key, deid.identity(ds, issuer))
+    who = deid.identity(ds, issuer)
+    if not register.covers(who.issuer):
+        raise Refused("patient_id")
+    patient = deid.patient_name(key, who)
     study, series, instance = (
         deid.pseudonym(key, "uid", headers.identifier(ds, keyword))
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -57,13 +74,13 @@ def name_of(ds: Dataset, key: bytes, issuer: str) -> Header:
     return Header(reason, patient, study, series, instance, accession, review)
 
 
-def _header(item: Found, key: bytes, issuer: str) -> Header:
+def _header(item: Found, key: bytes, issuer: str, register: Register) -> Header:
     try:
         with item.open() as stream:
             ds = read.header(stream, item.size)
         if headers.value(ds.file_meta, "MediaStorageSOPClassUID") == _DIRECTORY:
             return Header("catalogue")
-        return name_of(ds, key, issuer)
+        return name_of(ds, key, issuer, register)
     except Refused as refused:
         return Header(refused.reason)
     except (DataError, OSError):

@@ -16,6 +16,7 @@ from datetime import date
 
 from pydicom.dataset import Dataset
 
+from fedscan_client.consent import Register
 from fedscan_client.intake import cache, decode, deid, headers, objects, ocr, profile, quarantine, read, stack, traits
 from fedscan_client.intake.cache import Entry
 from fedscan_client.intake.cache_keys import Damaged
@@ -45,6 +46,7 @@ class Work:
     names: bytes
     index: Index
     labels: Labels
+    register: Register
     cached: frozenset[str]
     dry: bool
     read: Counter[str] = field(default_factory=Counter)
@@ -217,7 +219,7 @@ def _clean(work: Work, row: Row, state: Known | None, number: int, of: int) -> D
     if work.dry:
         return None
     ds = _whole(work, row)
-    if name_of(ds, work.names, work.site.issuer) != row.header:
+    if name_of(ds, work.names, work.site.issuer, work.register) != row.header:
         raise Refused("changed")
     work.read["instances"] += 1
     released = bool(row.header.review)

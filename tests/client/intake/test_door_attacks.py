@@ -233,3 +233,18 @@ def test_a_dry_run_leaves_no_file_behind(door, two):
     before = sorted(two.folder.rglob("*"))
     door.run(two, dry_run=True)
     assert sorted(two.folder.rglob("*")) == before and (two.folder / ingest.LOCK).exists()
+
+
+def test_an_opt_out_list_that_names_no_issuer_covers_no_other_hospitals_ids(door, cr_instance, save, tmp_path):
+    door.lists(tmp_path, [], LABELS)
+    objections = tmp_path / "objections.csv"
+    objections.write_text("# as-of: 2026-01-10\npatient_id\nA-1\n")
+    save(cr_instance(IssuerOfPatientID="KLINIKUM"), tmp_path / "dicom/a")
+    save(cr_instance(**OTHER), tmp_path / "dicom/b")
+    settings = consent.Settings(kind="opt-out", path=objections, legal_basis="a law")
+    site = door.site(tmp_path, tmp_path / "site", consent=settings)
+    report = door.run(site)
+    assert report.reasons("refused") == {"patient_id": 1} and cache.patients(site.cache) == [door.name("B")]
+    objections.write_text("# as-of: 2026-01-10\npatient_id,issuer\nA-1,KLINIKUM\nC,\n")
+    with_issuer = door.site(tmp_path, tmp_path / "other", consent=settings.model_copy(update={"issuer": "EAST"}))
+    assert door.run(with_issuer).reasons("no consent") == {"objected": 1}
