@@ -224,7 +224,7 @@ def replace_by_staged(site_folder: Path, settings: Settings, key: SiteKey) -> bo
                 file.flush()
                 os.fsync(file.fileno())
         return False
-    for left in (site_folder / _BEFORE, path, site_folder / HANDED_OUT):  # the last would be the old key
+    for left in (site_folder / _BEFORE, site_folder / HANDED_OUT, path):  # old keys first; without `path` it has ended
         secret_file.forget(left)
     sync_folder(path.parent)
     return True
