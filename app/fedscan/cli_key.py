@@ -35,8 +35,11 @@ when somebody leaves who could read the key, or when a copy of it may have got a
   fedscan agent key rotate /srv/fedscan/site
 
 Stopped at any moment, everything stays readable, and the same command goes on. The old key, and every backup of it,
-then opens nothing that is here: make a new backup, and destroy the old one. Stop the agent and whatever receives images
-first: a process that still holds the old key is refused when it writes."""
+then opens nothing that is here: make a new backup, and destroy the old one. Stop the agent first, and `listen`, `pull`
+and `ingest`: while one of them works with the key the rotation is refused, and while it is at work they are.
+
+With source = "environment" it takes two runs. After the first one everything is under the new key, which the others use
+at once; set the variable to the line in SITE_DIR/key.next, and run it again: that ends it and removes the old key."""
 
 _BACKUP = """\
 Writes the key as a page of text that can be printed and typed again, sealed with a passphrase (at least 12 characters;
@@ -154,7 +157,7 @@ def rotate(arguments: argparse.Namespace) -> int:
     else:
         print(
             f"Everything is under the new key. Set {settings.variable} to the line in "
-            f"{keys.staged_path(site, settings)}, start what uses it again, then run this once more."
+            f"{keys.staged_path(site, settings)}, run this once more, then start what uses it again."
         )
     return 0
 

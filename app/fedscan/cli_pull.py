@@ -78,15 +78,17 @@ def pull(here: "Site", console: "Console", *, dry_run: bool = False) -> tuple[di
     Raises:
         ConfigError: there is no PACS to ask.
         ConsentError: no usable consent register; nothing was asked for.
+        SiteKeyError: no usable site key, or it is being replaced.
         ArchiveError: a PACS refused or could not be reached before anything was found.
     """
+    from fedscan_client import key_use
     from fedscan_client.intake.sources import dicomweb, dimse
     from fedscan_client.intake.sources.settings import DicomWeb, DimseGet, DimseMove
 
-    sources, permitted = _of_kinds(here.source, NETWORK, "pull"), _permitted(here)
-    spool = _spool(here, write=not dry_run)
+    sources = _of_kinds(here.source, NETWORK, "pull")
     told: dict[str, Any] = {}
-    with _stop_on_signal() as stop:
+    with key_use.held(here.folder), _stop_on_signal() as stop:
+        permitted, spool = _permitted(here), _spool(here, write=not dry_run)
         for name, source in sources.items():
             if stop.is_set():
                 break
@@ -135,15 +137,16 @@ def _permitted(here: "Site") -> "Permitted":
 
 
 def _listen(arguments: argparse.Namespace) -> int:
+    from fedscan_client import key_use
     from fedscan_client import site as sites
     from fedscan_client.intake.sources import scp
     from fedscan_client.intake.sources.settings import DimseStore
 
     here = sites.load(arguments.site)
     sources = _of_kinds(here.source, ("dimse-store",), "listen")
-    spool = _spool(here, write=True)
     received = {name: scp.Received() for name in sources}
-    with _stop_on_signal() as stop, contextlib.ExitStack() as stack:
+    with key_use.held(here.folder), _stop_on_signal() as stop, contextlib.ExitStack() as stack:
+        spool = _spool(here, write=True)
         for name, source in sources.items():
             assert isinstance(source, DimseStore)
             port = stack.enter_context(scp.listening(source, spool, received[name]))

@@ -5,16 +5,20 @@
     3. so is each patient's own key, file by file, each exchanged whole; images are not touched;
     4. the cache is marked as the new key's, and the staged key takes the old one's place.
 
-Stopped anywhere, even by SIGKILL or a power cut, everything can be read: `keys.load` gives both keys as long as one is
-staged, and the same command goes on. Pseudonyms do not change. Files that were copied away before stay readable with
-the old key: it is gone with step 4 here, and with its backups where the hospital destroys them.
+An environment variable is set by a person, after 3. Until then `keys.load` gives the new key, and SITE/key.before keeps
+the old one, so that the same command, run again, also wraps anew what was written under the old one meanwhile.
+
+Nobody else may be at work with the key (`key_use`). Stopped anywhere, even by SIGKILL or a power cut, everything can be
+read: `keys.load` gives both keys as long as one is staged, and the same command goes on. Pseudonyms do not change.
+Files that were copied away before stay readable with the old key: it is gone with step 4 here, and with its backups
+where the hospital destroys them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedscan_client import keys
+from fedscan_client import key_use, keys
 from fedscan_client.intake import cache_keys
 from fedscan_client.keys import Settings, SiteKey
 from fedscan_core import auditlog
@@ -46,7 +50,7 @@ def plan(site_folder: Path, settings: Settings, cache: Path | None) -> Plan:
         SiteKeyError: no usable key, no cache where it should be, or one that belongs to another key.
         Damaged: a patient's key does not open: nobody's is rotated before that patient is removed.
     """
-    key = keys.load(site_folder, settings)
+    key = keys.load_both(site_folder, settings)
     if cache is not None and not cache_keys.is_cache(cache):
         # An empty mount point: with the old key gone, what is on the missing disk could never be opened again.
         raise SiteKeyError(
@@ -81,11 +85,11 @@ def rotate(
         SITE/key.next, and the same command then ends the rotation.
 
     Raises:
-        SiteKeyError, Damaged: as `plan`; nothing was begun.
+        SiteKeyError, Damaged: as `plan`, or somebody works with the key; nothing was begun.
     """
-    with auditlog.exclusive(site_folder / "key"):
+    with key_use.alone(site_folder), auditlog.exclusive(site_folder / "key"):
         before = plan(site_folder, settings, cache)
-        key = keys.load(site_folder, settings)
+        key = keys.load_both(site_folder, settings)
         if not before.unfinished:
             key = keys.stage(site_folder, settings, key)
             keys.note(site_folder, "rotation begun", key)

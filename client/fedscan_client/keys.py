@@ -19,7 +19,6 @@ import base64
 import hashlib
 import os
 import secrets
-import stat
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedscan_client import secret_file
 from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, MissingExtra, SiteKeyError
 from fedscan_core.files import sync_folder, write_atomic
@@ -36,12 +36,13 @@ from fedscan_core.files import sync_folder, write_atomic
 KEY_BYTES = 32
 STAGED = ".next"  # ending of the file that holds the new key while `key_rotation.rotate` is at work
 HANDED_OUT = "key.environment"  # a key on its way to an environment variable
+_BEFORE = "key.before"  # the old key, until the rotation of an environment variable has ended: the variable forgets it
 LOG = "intake.jsonl"  # what was done to the site's key and cache; no identifiers
 
 _TOKEN = "fedscan-key-1:"
 _CHECK_BYTES = 4  # of SHA-256: finds a typing error, not a forger
-_LONGEST = 4096  # bytes read of a key file
 _ABOUT = "# The key of a fedscan site. Secret: never send it anywhere. `fedscan agent key backup` makes a safe copy.\n"
+_DONE = "# Everything is under this key.\n"  # at the end of the staged key's file, until a person sets the variable
 _BACKUP = "Restore it from its backup: fedscan agent key restore."
 
 
@@ -137,19 +138,25 @@ def read_settings(site_folder: Path) -> Settings:
 def load(site_folder: Path, settings: Settings) -> SiteKey:
     """The site's key. While a rotation is unfinished it opens what was wrapped before and after.
 
+    Once all is under the new key it is that one, whatever the environment variable says yet.
+
     Raises:
         SiteKeyError: it is missing, damaged, or others can read it.
         MissingExtra: source "keyring" without the package keyring.
     """
-    path = staged_path(site_folder, settings)
-    staged = _read_file(path)  # first: should it take the key's place just now, the key read after it is the new one
-    text = _read(site_folder, settings)
-    if text is None:
-        raise SiteKeyError(
-            f"There is no site key in {where(site_folder, settings)}.",
-            remedy=f"{_handed_out(site_folder)}For a new site: fedscan agent key create {site_folder}. {_BACKUP}",
-        )
-    return _with(_parse(text, where(site_folder, settings)), staged, path)
+    key, done = _load(site_folder, settings)
+    return key.after() if done else key
+
+
+def load_both(site_folder: Path, settings: Settings) -> SiteKey:
+    """As `load`, but with the old key and the staged one until the rotation has ended: for `key_rotation`."""
+    return _load(site_folder, settings)[0]
+
+
+def half_rotated(site_folder: Path, settings: Settings) -> bool:
+    """Whether a rotation was stopped: some of what is kept may be under the old key, some under the staged one."""
+    staged = secret_file.read(staged_path(site_folder, settings))
+    return staged is not None and _DONE not in staged
 
 
 def create(site_folder: Path, settings: Settings) -> SiteKey:
@@ -170,7 +177,7 @@ def create(site_folder: Path, settings: Settings) -> SiteKey:
 def with_staged(site_folder: Path, settings: Settings, key: SiteKey) -> SiteKey:
     """`key` together with the staged one of an unfinished rotation, if there is one. Errors as `load`."""
     path = staged_path(site_folder, settings)
-    return _with(key, _read_file(path), path)
+    return _with(key, secret_file.read(path), path)
 
 
 def put(site_folder: Path, settings: Settings, key: SiteKey, event: str) -> None:
@@ -183,7 +190,7 @@ def put(site_folder: Path, settings: Settings, key: SiteKey, event: str) -> None
     """
     there = _read(site_folder, settings)
     if there is None and settings.source == "environment":
-        there = (_read_file(site_folder / HANDED_OUT) or "").partition("=")[2] or None
+        there = (secret_file.read(site_folder / HANDED_OUT) or "").partition("=")[2] or None
     if there is not None:
         if _parse(there, where(site_folder, settings)) != key:
             raise SiteKeyError(
@@ -196,20 +203,29 @@ def put(site_folder: Path, settings: Settings, key: SiteKey, event: str) -> None
 
 
 def replace_by_staged(site_folder: Path, settings: Settings, key: SiteKey) -> bool:
-    """The last step of a rotation: the staged key takes the old one's place; False where a person must do it."""
+    """The last step of a rotation: the staged key takes the old one's place; False where a person must do it.
+
+    Everything is under the staged key already.
+    """
     path = staged_path(site_folder, settings)
-    for stray in path.parent.glob(f".{path.name}.*.part"):  # a new key whose writing was killed: never used
-        stray.unlink()
+    for name in (path.name, _BEFORE):
+        for stray in path.parent.glob(f".{name}.*.part"):  # a key whose writing was killed: never used
+            stray.unlink()
     if settings.source == "file":
         os.replace(path, site_folder / settings.path)
         sync_folder(path.parent)
         return True
     if settings.source == "keyring":
         _write(site_folder, settings, key.after())
-    elif key.staged is not None:  # the variable still holds the old one
+    elif _parse(_read(site_folder, settings) or "", where(site_folder, settings)) != key.after():
+        if half_rotated(site_folder, settings):
+            with path.open("ab") as file:
+                file.write(_DONE.encode())
+                file.flush()
+                os.fsync(file.fileno())
         return False
-    for left in (path, site_folder / HANDED_OUT):  # the latter would be the old key
-        left.unlink(missing_ok=True)
+    for left in (site_folder / _BEFORE, site_folder / HANDED_OUT, path):  # old keys first; without `path` it has ended
+        secret_file.forget(left)
     sync_folder(path.parent)
     return True
 
@@ -217,6 +233,8 @@ def replace_by_staged(site_folder: Path, settings: Settings, key: SiteKey) -> bo
 def stage(site_folder: Path, settings: Settings, key: SiteKey) -> SiteKey:
     """`key` with a new `wrapping` beside the old one, on disk before this returns."""
     staged = replace(key, staged=secrets.token_bytes(KEY_BYTES))
+    if settings.source == "environment":  # first: it counts only together with the staged one
+        write_atomic(site_folder / _BEFORE, (_ABOUT + text_of(key) + "\n").encode())
     write_atomic(staged_path(site_folder, settings), (_ABOUT + text_of(staged.after()) + "\n").encode())
     return staged
 
@@ -246,6 +264,26 @@ def note(site_folder: Path, event: str, key: SiteKey) -> None:
 # ------------------------------------------------------------------------------------------------------ text and files
 
 
+def _load(site_folder: Path, settings: Settings) -> tuple[SiteKey, bool]:
+    """The key with the staged one, and whether everything is under the latter."""
+    path = staged_path(site_folder, settings)
+    staged = secret_file.read(path)  # first: should it take the key's place just now, the key read next is the new one
+    text = _read(site_folder, settings)
+    if text is None:
+        raise SiteKeyError(
+            f"There is no site key in {where(site_folder, settings)}.",
+            remedy=f"{_handed_out(site_folder)}For a new site: fedscan agent key create {site_folder}. {_BACKUP}",
+        )
+    key = _with(_parse(text, where(site_folder, settings)), staged, path)
+    if staged is None or settings.source != "environment":
+        return key, False
+    before = secret_file.read(site_folder / _BEFORE)
+    if before is not None:  # whichever of the two the variable holds
+        old = _parse(before, str(site_folder / _BEFORE)).wrapping
+        key = SiteKey(key.names, old, key.after().wrapping)
+    return key, _DONE in staged
+
+
 def _with(key: SiteKey, staged: str | None, path: Path) -> SiteKey:
     if staged is None:
         return key
@@ -254,7 +292,6 @@ def _with(key: SiteKey, staged: str | None, path: Path) -> SiteKey:
         raise SiteKeyError(
             f"{path}, the new key of an unfinished rotation, belongs to another site key.", remedy=_BACKUP
         )
-    # With an environment variable the person puts the new key in place: then nothing is left to do but `rotate`.
     return key if following.wrapping == key.wrapping else replace(key, staged=following.wrapping)
 
 
@@ -299,7 +336,7 @@ def _read(site_folder: Path, settings: Settings) -> str | None:
         except ring.errors.KeyringError as error:
             raise _keyring_failed(error) from None
         return found
-    return _read_file(site_folder / settings.path)
+    return secret_file.read(site_folder / settings.path)
 
 
 def _write(site_folder: Path, settings: Settings, key: SiteKey) -> None:
@@ -319,37 +356,6 @@ def _write(site_folder: Path, settings: Settings, key: SiteKey) -> None:
         write_atomic(path, (_ABOUT + line + "\n").encode())
     except OSError as error:
         raise SiteKeyError(f"{path} cannot be written: {error.strerror}.", remedy="Check its folder.") from None
-
-
-def _read_file(path: Path) -> str | None:
-    """The text of a file that nobody else can read or put there; None where there is none."""
-    try:
-        # Looked at through the open file: what is checked is what is read. A pipe must not make us wait.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if path.is_symlink():
-            raise SiteKeyError(
-                f"{path} is a symbolic link.", remedy="Give the file itself as 'path' in [key] of site.toml."
-            ) from None
-        raise SiteKeyError(f"{path} cannot be read: {error.strerror}.", remedy="Check its permissions.") from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SiteKeyError(f"{path} is not a regular file.", remedy=_BACKUP)
-        if status.st_uid != os.geteuid():
-            raise SiteKeyError(
-                f"{path} belongs to another user.", remedy=f"Run this as that user, or: chown {os.geteuid()} {path}"
-            )
-        if status.st_mode & 0o077:
-            raise SiteKeyError(
-                f"{path} can be read or changed by other users of this machine (mode {status.st_mode & 0o777:04o}).",
-                remedy=f"Type: chmod 600 {path}   If others may have read it, rotate it: fedscan agent key rotate.",
-            )
-        return os.read(descriptor, _LONGEST).decode("ascii", "replace")
-    finally:
-        os.close(descriptor)
 
 
 def _keyring() -> Any:

@@ -12,13 +12,15 @@ import time
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 from pydicom import dcmread
 from pynetdicom import AE
 
 from fedscan import cli_pull
-from fedscan_client import keys
+from fedscan_client import key_use, keys
+from fedscan_client.intake import cache
 from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import spool
 from fedscan_client.intake.sources.pull import Archive, Instance
@@ -173,6 +175,42 @@ def test_listen_until_a_signal(site, hospital_file):
     assert "stopping" in err and "Traceback" not in err and str(ds.PatientID) not in err
     assert auditlog.read(folder / "intake.jsonl")[0]["stored"] == 1
     assert [found.size > 100 for found in spool.found(folder / "spool", KEY)] == [True]
+
+
+def agent(*words):
+    return [sys.executable, "-m", "fedscan.cli", "agent", *map(str, words)]
+
+
+def test_a_rotation_waits_for_nobody_who_listens(site):
+    allow = [{"ae_title": "PACS", "address": "127.0.0.1"}]
+    folder = site(routed={"kind": "dimse-store", "listen_address": "127.0.0.1", "listen_port": 0, "allow": allow})
+    entry = cache.Entry("2.25.1", "", "ill", "", "", None, {}, "")  # without a cache there is nothing to rotate
+    cache.write_patient(folder / "cache", keys.load(folder, keys.Settings()), "a" * 32, [(entry, np.zeros(3))])
+    with subprocess.Popen(agent("listen", folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as it:
+        try:
+            assert it.stderr is not None and "listens on" in it.stderr.readline()
+            refused = subprocess.run(agent("key", "rotate", folder), capture_output=True, text=True)
+            assert refused.returncode == 2 and "in use" in refused.stderr and "agent listen" in refused.stderr
+            assert keys.load(folder, keys.Settings()).wrapping == KEY and not (folder / "key.next").exists()
+            it.send_signal(signal.SIGTERM)
+            assert it.wait(10) == 0
+        finally:
+            it.kill()
+    assert subprocess.run(agent("key", "rotate", folder), capture_output=True).returncode == 0
+    assert keys.load(folder, keys.Settings()).wrapping != KEY
+
+
+def test_nobody_pulls_or_listens_while_a_rotation_is_at_work(site, pacs):
+    allow = [{"ae_title": "PACS", "address": "127.0.0.1"}]
+    store = {"kind": "dimse-store", "listen_address": "127.0.0.1", "listen_port": 0, "allow": allow}
+    folder = site(archive=WEB, routed=store)
+    with key_use.alone(folder):
+        refused = subprocess.run(agent("pull", folder), capture_output=True, text=True)
+        assert refused.returncode == 2 and "rotation of the site's key is at work" in refused.stderr
+        with pytest.raises(SiteKeyError, match="at work"):
+            run("listen", folder)
+    assert not (folder / "spool").exists()
+    assert run("pull", folder) == 0
 
 
 @pytest.fixture

@@ -165,25 +165,84 @@ def test_a_cache_that_is_not_mounted_stops_it(tmp_path, mounted):
     assert readable(tmp_path, old) == NAMES
 
 
-def test_with_an_environment_variable_a_person_puts_the_new_key_in_place(tmp_path, monkeypatch):
+@pytest.fixture
+def variable(tmp_path, monkeypatch):
+    """A site whose key is in the environment: sets the variable to a key's text; gives the first key."""
     monkeypatch.delenv("FEDSCAN_SITE_KEY", raising=False)
     old = keys.create(tmp_path, ENVIRONMENT)
-    monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(old))
+
+    def put(key):
+        monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(key))
+
+    put(old)
+    return old, put
+
+
+def test_with_an_environment_variable_a_person_puts_the_new_key_in_place(tmp_path, variable):
+    old, put = variable
     fill(tmp_path, old)
     for _ in range(2):
         assert rotate(tmp_path, ENVIRONMENT) is False
-        both = keys.load(tmp_path, ENVIRONMENT)
-        assert both.staged is not None and readable(tmp_path, both) == NAMES
-    fill(tmp_path, both, [f"{7:032x}"])  # the agent may go on
+        new = keys.load(tmp_path, ENVIRONMENT)  # whoever loads it now works with the new one
+        assert new.staged is None and new.wrapping != old.wrapping and readable(tmp_path, new) == NAMES
+        both = keys.load_both(tmp_path, ENVIRONMENT)
+        assert (both.wrapping, both.staged) == (old.wrapping, new.wrapping)
+    fill(tmp_path, new, [f"{7:032x}"])  # the agent may go on
     assert rotate(tmp_path, ENVIRONMENT) is False
     line = (tmp_path / "key.next").read_text().splitlines()[1]
-    monkeypatch.setenv("FEDSCAN_SITE_KEY", line)
-    new = keys.load(tmp_path, ENVIRONMENT)
-    assert new == both.after() and len(readable(tmp_path, new)) == 4
+    assert line == keys.text_of(new)
+    put(new)
+    assert keys.load(tmp_path, ENVIRONMENT) == new and len(readable(tmp_path, new)) == 4
     calls: list[SiteKey] = []
-    assert rotate(tmp_path, ENVIRONMENT, also=[calls.append]) is True and not calls
-    assert keys.load(tmp_path, ENVIRONMENT) == new
-    assert not (tmp_path / "key.next").exists() and not (tmp_path / "key.environment").exists()
+    assert rotate(tmp_path, ENVIRONMENT, also=[calls.append]) is True
+    assert calls == [both]  # what was written under the old key meanwhile is found
+    assert keys.load(tmp_path, ENVIRONMENT) == keys.load_both(tmp_path, ENVIRONMENT) == new
+    assert not [*tmp_path.glob("key.next"), *tmp_path.glob("key.before"), *tmp_path.glob("key.environment")]
+
+
+def test_a_variable_that_is_set_too_early_loses_nothing(tmp_path, variable):
+    old, put = variable
+    fill(tmp_path, old)
+
+    def stopped(key):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rotate(tmp_path, ENVIRONMENT, also=[stopped])
+    new = keys.load(tmp_path, ENVIRONMENT).after()
+    put(new)
+    assert readable(tmp_path, keys.load(tmp_path, ENVIRONMENT)) == NAMES
+    calls: list[SiteKey] = []
+    assert rotate(tmp_path, ENVIRONMENT, also=[calls.append]) is True
+    assert [(key.wrapping, key.staged) for key in calls] == [(old.wrapping, new.wrapping)]
+    assert readable(tmp_path, new) == NAMES
+
+
+def test_an_environment_variable_killed_at_every_write_of_both_runs(memory_path, at_every_write, monkeypatch):
+    start, site = memory_path / "start", memory_path / "site"
+    monkeypatch.delenv("FEDSCAN_SITE_KEY", raising=False)
+    old = keys.create(start, ENVIRONMENT)
+    monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(old))
+    fill(start, old, NAMES[:1])
+    for run in (1, 2):
+        shutil.copytree(start, site)
+        deaths = 0
+        for _ in at_every_write(lambda: rotate(site, ENVIRONMENT)):
+            assert readable(site, keys.load(site, ENVIRONMENT)) == NAMES[:1]
+            if run == 1 or (site / "key.next").exists():  # else it had ended
+                assert rotate(site, ENVIRONMENT) is (run == 2)
+            new = keys.load(site, ENVIRONMENT)
+            assert new.staged is None and new.wrapping != old.wrapping and readable(site, new) == NAMES[:1]
+            assert not [*site.glob(".key*.part")]
+            assert run == 1 or not [*site.glob("key.next"), *site.glob("key.before"), *site.glob("key.environment")]
+            deaths += 1
+            shutil.rmtree(site)
+            shutil.copytree(start, site)
+        assert deaths > 5
+        if run == 1:
+            rotate(start, ENVIRONMENT)
+            monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(keys.load(start, ENVIRONMENT)))
+            shutil.rmtree(site)
 
 
 def test_the_keyring_rotates(tmp_path, monkeypatch):

@@ -96,6 +96,39 @@ def test_a_rotation_loses_nothing_and_nothing_is_read_again(door, cr_instance, s
         assert pydicom.dcmread(stream).BurnedInAnnotation == "YES" and size > 0
 
 
+def test_between_the_two_runs_of_an_environment_variable_everything_works(
+    door, cr_instance, save, tmp_path, monkeypatch
+):
+    site = spooled(door, cr_instance, save, tmp_path)
+    (site.folder / "key").unlink()
+    site = site.model_copy(update={"key": keys.Settings(source="environment")})
+    monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(door.KEY))
+    door.run(site)
+    (item,) = quarantine.items(site.folder)
+
+    def rotate():
+        return key_rotation.rotate(site.folder, site.key, site.cache, also=[objects.rewrapped(site.folder)])
+
+    def arrives(key, number):
+        data = save(cr_instance(SOPInstanceUID=f"1.2.3.{number}"), tmp_path / "sent").read_bytes()
+        return spool.put(site.spool, key.wrapping, data, f"1.2.3.{number}")
+
+    assert rotate() is False
+    new = keys.load(site.folder, site.key)
+    assert arrives(new, 0) == "same"  # a PACS sends again what is here
+    assert arrives(new, 7) == "stored" == arrives(door.KEY, 8)  # the latter under the old key
+    report = door.run(site)  # the variable still holds the old one
+    assert report.instances("accepted") == 2 and report.instances("quarantined") >= 1
+    (held,) = quarantine.held(site.folder, new.wrapping, item.id)
+    with objects.opened(site, new, held.locator) as (stream, _):
+        assert pydicom.dcmread(stream).SOPInstanceUID == "1.2.3.1"
+    monkeypatch.setenv("FEDSCAN_SITE_KEY", keys.text_of(new))
+    assert rotate() is True and keys.load(site.folder, site.key) == new
+    report = door.run(site)
+    assert report.instances("accepted") == 3 and report.objects == 4
+    assert [found.open().read(1) != b"" for found in spool.found(site.spool, new.wrapping)] == [True] * 4
+
+
 def test_a_spooled_object_that_was_altered_is_counted(door, cr_instance, save, tmp_path):
     site = spooled(door, cr_instance, save, tmp_path)
     for path in site.spool.rglob("*.enc"):
