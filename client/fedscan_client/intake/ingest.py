@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 
-from fedscan_client import consent, keys
+from fedscan_client import consent, key_use, keys
 from fedscan_client.consent import NoPermit, Register, withdrawals
 from fedscan_client.intake import cache, cache_keys, index, labels, objects, series
 from fedscan_client.intake.index import Row
@@ -68,13 +68,17 @@ def ingest(
         ConsentError: no usable consent register; nothing was read.
         DataError: no usable labels, nothing in the source, or a site key that is not the cache's.
         FolderError: another ingest is at work.
+        SiteKeyError: a rotation of the site's key is.
     """
     if site.intake is None or site.consent is None:
         raise ConfigError(
             f"{site.folder / 'site.toml'} has no [intake] or no [consent].",
             remedy="Say where the label table and the consent register are.",
         )
-    with contextlib.nullcontext() if dry_run else _alone(site):
+    with contextlib.ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(_alone(site))
+            stack.enter_context(key_use.held(site.folder))
         return _ingest(site, dry_run, allow_loss, today or date.today(), tell)
 
 

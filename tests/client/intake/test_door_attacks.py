@@ -7,7 +7,7 @@ import threading
 import pydicom
 import pytest
 
-from fedscan_client import consent, patients
+from fedscan_client import consent, key_rotation, key_use, patients
 from fedscan_client.consent import withdrawals
 from fedscan_client.intake import cache, index, ingest, quarantine, series
 from fedscan_client.intake.records import PatientId
@@ -15,7 +15,7 @@ from fedscan_client.intake.rules import QuarantineSettings, Rule
 from fedscan_client.intake.sources import spool
 from fedscan_client.intake.sources.settings import parse
 from fedscan_client.site import Intake
-from fedscan_core.errors import ConfigError, FolderError
+from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 
 OTHER = {"PatientID": "B", "StudyInstanceUID": "9.2", "SeriesInstanceUID": "9.3", "SOPInstanceUID": "9.4"}
 LABELS = "study_uid,label\n1.2,1\n9.2,0\n"
@@ -227,6 +227,21 @@ def test_a_withdrawal_finds_what_was_refused_and_what_came_since(door, cr_instan
     assert told["destroyed"]["objects in the spool"] == 2
     left = [pydicom.dcmread(it.open()).PatientID for it in spool.found(site.spool, door.KEY.wrapping)]
     assert left == ["B"]
+
+
+def test_an_ingest_and_a_rotation_exclude_each_other(door, two):
+    with key_use.alone(two.folder), pytest.raises(SiteKeyError):
+        door.run(two)
+    tried = []
+
+    def rotate(what, done, of):
+        if what == "patients" and not tried:
+            with pytest.raises(SiteKeyError) as caught:
+                key_rotation.rotate(two.folder, two.key, two.cache)
+            tried.append(caught.value.remedy)
+
+    door.run(two, tell=rotate)
+    assert tried and tried[0]
 
 
 def test_a_dry_run_leaves_no_file_behind(door, two):
