@@ -232,7 +232,7 @@ def test_a_withdrawal_finds_what_was_refused_and_what_came_since(door, cr_instan
 def test_an_ingest_and_a_rotation_exclude_each_other(door, two):
     with key_use.alone(two.folder), pytest.raises(SiteKeyError):
         door.run(two)
-    tried = []
+    tried: list[str] = []
 
     def rotate(what, done, of):
         if what == "patients" and not tried:
