@@ -3,6 +3,7 @@
     FOLDER/site.toml       name, declared cohort size, source of the images, consent, labels, the hospital's policy
            cohort.csv      source "table": the rows of this site
            key             the site's key, where it is kept in a file (0600)
+           names.check     fingerprint of project and issuer, which every pseudonym depends on
            cache/          its consenting patients' images, encrypted: what `intake.ingest` writes
            spool/          what came over the network, encrypted
            intake.sqlite   what the intake has seen; quarantine.sqlite: what waits for a person; withdrawals.jsonl
@@ -47,7 +48,7 @@ class Intake(BaseModel):
 
     Attributes:
         labels: the label table, see `intake.labels`.
-        project: pseudonyms of two projects cannot be linked. Another name makes other patients: ingest anew.
+        project: pseudonyms of two projects cannot be linked. Another one needs another site folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

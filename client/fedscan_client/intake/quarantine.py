@@ -147,7 +147,11 @@ def put(folder: Path, key: bytes, found: Iterable[Found], *, today: date | None 
             item, row = _item_of(it), _row(db, it.instance)
             locator = seal(key, it.locator, f"locator {it.instance}")
             if row and (row["item"], row["digest"]) == (item, it.digest):
-                if unseal(key, row["locator"], f"locator {it.instance}") != it.locator:  # the file was moved
+                try:
+                    same = unseal(key, row["locator"], f"locator {it.instance}") == it.locator
+                except DataError:
+                    same = False
+                if not same:  # the file was moved
                     db.execute("UPDATE instances SET locator = ? WHERE instance = ?", (locator, it.instance))
                 continue
             values = {
