@@ -93,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `fedscan config --explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except PermissionError as error:
+        print(
+            f"fedscan: {error.filename}: {error.strerror}. Check who owns it, and run this as that user.",
+            file=sys.stderr,
+        )
+        code = 2
     sys.exit(code)
 
 

@@ -76,7 +76,11 @@ def _ingest(arguments: argparse.Namespace) -> int:
                 tasks[what] = bar.add_task(what, total=of)
             bar.update(tasks[what], completed=done, total=of)
 
-        report = ingest.ingest(here, dry_run=arguments.dry_run, allow_loss=arguments.allow_loss, tell=tell)
+        try:
+            report = ingest.ingest(here, dry_run=arguments.dry_run, allow_loss=arguments.allow_loss, tell=tell)
+        except KeyboardInterrupt:
+            notes.print("Stopped; nothing is half done, and the same command goes on.")
+            raise
     out = Console(highlight=False)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=2))
@@ -111,6 +115,8 @@ def show(here: "Site", report: "Report", console: "Console") -> None:
     console.print(table)
     for reason, count in sorted(report.skipped.items()):
         console.print(f"{count} not looked at: {SKIPPED[reason]}.", soft_wrap=True)
+    if report.skipped or "unreadable" in report.reasons("unreadable"):
+        console.print("While that is so, nobody is destroyed for being gone from the source.", soft_wrap=True)
     for kept, what in (
         (report.unlisted_kept, "the consent register does not name them any more. They take no part in training"),
         (report.gone_kept, "their images are gone from the source"),
@@ -124,11 +130,14 @@ def show(here: "Site", report: "Report", console: "Console") -> None:
         return
     console.print(
         f"{report.cached_patients} patients are in the cache; {report.destroyed} were destroyed; "
-        f"{report.read} objects were read, the others had not changed.",
+        f"the pixels of {report.read} objects were read.",
         soft_wrap=True,
     )
-    if report.instances("quarantined"):
-        console.print(f"What waits for a person: fedscan agent quarantine list {here.folder}", soft_wrap=True)
+    if any(line.outcome in ("quarantined", "refused", "unreadable") for line in report.lines):
+        text = (
+            f"What waits for a person, and which files could not be used: fedscan agent quarantine list {here.folder}"
+        )
+        console.print(text, soft_wrap=True)
 
 
 def _samples(here: "Site", count: int, console: "Console") -> None:
@@ -138,6 +147,7 @@ def _samples(here: "Site", count: int, console: "Console") -> None:
 
     from fedscan_client.intake import samples
 
+    console.print("What follows is a real header: for this terminal only.", soft_wrap=True)
     for number, rows in enumerate(samples.headers(here, count), 1):
         table = Table("element", *(Column(name, overflow="fold") for name in ("before", "after")))
         table.title, table.title_justify = f"Sample {number}: what the header becomes", "left"

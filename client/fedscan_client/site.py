@@ -172,7 +172,7 @@ def load(folder: Path) -> Site:
 
 def save(site: Site) -> None:
     """Writes FOLDER/site.toml."""
-    tree = site.model_dump(mode="json", exclude_none=True)
+    tree = site.model_dump(mode="json", exclude_none=True, exclude_defaults=True)  # what a person would write
     if list(tree["source"]) == ["source"]:  # the only one
         tree["source"] = tree["source"]["source"]
     site.folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ WHY: Mapping[str, str] = MappingProxyType(
         "permit": "the patient, or a guardian, permits it",
         "cleared": "the patient is on the list of those who may be used",
         "no_objection": "the patient did not object",
-        "not_listed": "the register does not name the patient",
+        "not_listed": "the register does not name the patient (number and issuer)",
         "denied": "the patient does not permit it",
         "ended": "a consent was ended, or never came about",
         "objected": "the patient objected",

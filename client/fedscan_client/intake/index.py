@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedscan_core.errors import DataError
+from fedscan_core.errors import DataError, FolderError
 
 FILE = "intake.sqlite"
 _NONCE = 12
@@ -185,6 +185,10 @@ class Index:
             )
         return frozenset(found)
 
+    def has(self, instance: str) -> bool:
+        """Whether an instance is there."""
+        return self._db.execute("SELECT 1 FROM object WHERE instance = ?", (instance,)).fetchone() is not None
+
     def count(self, what: str = "*") -> int:
         """How many objects, or distinct patients, studies, series or instances among the readable ones."""
         query = "SELECT count(*) FROM object"
@@ -223,15 +227,15 @@ class Index:
         rows: list[Row] = []
         for place, locator, stamp, *names in self._db.execute(
             "SELECT place, locator, stamp, reason, patient, study, series, instance, accession, review FROM object "
-            # Of several copies of an instance, the one that has to wait comes first.
-            f"WHERE {where} ORDER BY instance, review = '', place",
+            f"WHERE {where}",
             values,
         ):
             text = self._opened(place, locator)
             if text is None:
                 raise DataError("The intake's index was altered.", remedy=f"Remove {FILE} and ingest again.")
             rows.append(Row(text, stamp, Header(*names)))
-        return rows
+        # Of several copies of an instance, the one that has to wait comes first; then an order that no key decides.
+        return sorted(rows, key=lambda row: (row.header.instance, not row.header.review, _order(row.locator)))
 
     def _place(self, locator: str) -> bytes:
         return hmac.new(self._names, locator.encode("utf-8", "surrogateescape"), sha256).digest()[:16]
@@ -254,6 +258,10 @@ class Index:
         self._pending = 0
 
 
+def _order(locator: str) -> bytes:
+    return sha256(locator.encode("utf-8", "surrogateescape")).digest()
+
+
 @contextlib.contextmanager
 def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Index]:
     """Opens SITE/intake.sqlite, made if need be (0600); with `dry` a copy in memory, and nothing is written.
@@ -262,6 +270,7 @@ def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Inde
 
     Raises:
         DataError: the file is not an index.
+        FolderError: it cannot be written, or another command holds it for long.
     """
     path = folder / FILE
     try:
@@ -271,6 +280,11 @@ def opened(folder: Path, wrapping: bytes, *, dry: bool = False) -> Iterator[Inde
                 yield Index(db, wrapping)
             finally:
                 db.commit()
+    except sqlite3.OperationalError as error:  # locked, read-only, disk full: nothing is wrong with what is in it
+        raise FolderError(
+            f"The intake's index {path} cannot be used now ({error}).",
+            remedy="Wait for another command that is at work, or check the folder's permissions and free space.",
+        ) from None
     except sqlite3.DatabaseError as error:
         raise DataError(
             f"The intake's index {path} cannot be used ({error}).", remedy="Remove it and ingest again."

@@ -13,6 +13,7 @@ while it runs holds: it is asked again before a patient is written, when nobody 
 
 import contextlib
 import fcntl
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from datetime import UTC, date, datetime
 
 from fedscan_client import consent, key_use, keys
 from fedscan_client.consent import NoPermit, Register, withdrawals
-from fedscan_client.intake import cache, cache_keys, index, labels, objects, series
+from fedscan_client.intake import cache, cache_keys, index, labels, objects, quarantine, series
 from fedscan_client.intake.index import Row
 from fedscan_client.intake.records import Refused
 from fedscan_client.intake.report import Counts, Outcome, Report, Tallies
@@ -122,16 +123,18 @@ def _ingest(site: Site, dry: bool, allow_loss: bool, today: date, tell: Tell) ->
             seen.commit()
         tell("patients", len(everybody), len(everybody))
         total = seen.count()
-        if not dry and not losses.unlisted_kept:
-            for row in seen.damaged():  # of a kind that nobody lets in; nor is it kept of somebody not permitted
-                if row.header.patient and not register.decide(row.header.patient).permit:
-                    objects.drop_spooled(site, [row])
+        if not dry:
+            _list_damaged(work, drop=not losses.unlisted_kept, whole=whole)
     left = set(cached) - accepted - losses.destroyed - losses.unlisted_kept
     gone = left if whole else left & seen.moved  # whose object is another patient's now: that is no absence
     if not allow_loss and _too_many(gone - seen.moved, cached):
         losses.gone_kept |= gone - seen.moved
     for name in gone - losses.gone_kept:
         _destroy(site, name, losses, dry, for_good=False)
+    if dry:  # those of whom nothing would be left count too
+        losses.destroyed |= (cached & set(everybody)) - accepted - losses.unlisted_kept
+    else:
+        losses.destroyed = set(cached) - set(cache.patients(site.cache))
     report = Report(
         dry=dry,
         objects=total,
@@ -150,6 +153,29 @@ def _ingest(site: Site, dry: bool, allow_loss: bool, today: date, tell: Tell) ->
         with auditlog.exclusive(site.folder / LOG):
             auditlog.append(site.folder / LOG, {"utc": now, "what": "ingest", "key": key.key_id, **told})
     return report
+
+
+def _list_damaged(work: Work, *, drop: bool, whole: bool) -> None:
+    """Lists what its header alone set aside in quarantine, and takes off the list what is gone from the source.
+
+    `drop`: objects of somebody who is not permitted leave the spool, whatever they are.
+    """
+    site, found = work.site, []
+    for row in work.index.damaged():
+        about = row.header
+        if drop and about.patient and not work.register.decide(about.patient).permit:
+            objects.drop_spooled(site, [row])
+        elif about.reason != "catalogue":
+            name = (
+                about.instance or hashlib.sha256(work.names + row.locator.encode(errors="surrogateescape")).hexdigest()
+            )
+            found.append(quarantine.Found(about.reason, about.patient, about.series, name[:32], row.locator, row.stamp))
+    if found:
+        quarantine.put(site.folder, work.key.wrapping, found)
+    if whole:
+        listed = {it.instance for it in found}
+        gone = [it for it in quarantine.instances(site.folder) - listed if not work.index.has(it)]
+        quarantine.forget(site.folder, gone)
 
 
 @contextlib.contextmanager

@@ -196,6 +196,12 @@ def states(folder: Path, series: str) -> dict[str, "Known"]:
     }
 
 
+def instances(folder: Path) -> set[str]:
+    """All instances that were set aside."""
+    with reading(folder) as db:
+        return {row[0] for row in db.execute("SELECT instance FROM instances")} if db else set()
+
+
 def forget(folder: Path, instances: Iterable[str]) -> int:
     """Drops instances without a decision: their source is gone, or they were let in by other means.
 

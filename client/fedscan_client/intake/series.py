@@ -176,6 +176,8 @@ def _assembled(
         volumes = stack.assemble(cleaned())
     except Refused as refused:
         counts["refused", refused.reason] += len(passed)
+        if passed:
+            _set_aside(work, passed[0][0][0], refused.reason)
         return
     used: set[int] = set()
     for volume, members in volumes:
@@ -276,7 +278,8 @@ def _set_aside(work: Work, row: Row, reason: str) -> None:
         return
     about, seen, content = row.header, traits.UNKNOWN, row.stamp
     with contextlib.suppress(DataError, OSError):
-        seen, content = traits.traits(_header(work, row), work.names), _content(work, row)
+        seen = traits.traits(_header(work, row), work.names)
+        content = _content(work, row) if reason in REVIEW else row.stamp
     put = quarantine.Found(reason, about.patient, about.series, about.instance, row.locator, content, seen)
     quarantine.put(work.site.folder, work.key.wrapping, [put])
 
