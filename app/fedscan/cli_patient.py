@@ -191,7 +191,8 @@ def _print_patient(told: dict[str, Any], console: "Console") -> None:
             table.add_row(*words, str(group["images"]))
         console.print(table)
     else:
-        console.print("No images are held.")
+        console.print("No images are held in the cohort.")
+    _print_counts("held besides", told["besides"], console)
     if not told["runs"]:
         console.print("Eligible for no run so far.")
         return
@@ -213,14 +214,17 @@ def _price(value: float | None) -> str:
 def _print_withdrawal(told: dict[str, Any], console: "Console") -> None:
     done = told["done"]
     console.print(f"{told['site']}: patient {told['patient']}", soft_wrap=True)
+    if not any(told["destroyed"].values()) and not told["runs"]:
+        text = "Nothing is held under this number and issuer: are they written as in the image headers?"
+        console.print(text, style="bold", soft_wrap=True)
+    for before in told["before"]:
+        console.print(f"Had withdrawn already on {before}.")
     console.print(f"Withdrawn on {told['day']}." if done else "This would happen; nothing was changed yet:")
     _print_counts("destroyed" if done else "to be destroyed", told["destroyed"], console)
     for run in told["runs"]:
         console.print(f"  was eligible for run {run['run_id']} (model {run['model']})", soft_wrap=True)
     if told["runs"]:
         console.print("  Models of these runs that were released stay as they are.", soft_wrap=True)
-    if not any(told["destroyed"].values()) and not told["runs"]:
-        console.print("Nothing is known under this number and issuer: are they written as in the image headers?")
     if not done:
         console.print("Add --yes to do it.")
 

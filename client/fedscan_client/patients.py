@@ -58,6 +58,11 @@ def show(site: Site, key: SiteKey, patient: PatientId, *, today: date) -> dict[s
         "day": today.isoformat(),
         "images": sum(group.images for group in held),
         "held": [asdict(group) for group in held],
+        "besides": {
+            what: count
+            for what, count in objects.everything_of(site, key, name, destroy=False).items()
+            if what in ("objects in the spool", "objects in quarantine")
+        },
         "consent": _consent(site, key, name, today),
         "withdrawals": [
             {"day": row["day"], "destroyed": row.get("what")} for row in withdrawals.history(site.folder, name)
@@ -85,6 +90,7 @@ def withdraw(site: Site, key: SiteKey, patient: PatientId, *, today: date, yes: 
     """
     name = patient_name(site.names(key), patient)
     runs = [{"run_id": run.run_id, "model": run.model} for run in eligible.runs_of(site.folder, name)]
+    before = [row["day"] for row in withdrawals.history(site.folder, name) if row["state"] == "withdrawn"]
     if yes:
         site.claim_names(key)
         withdrawals.add(site.folder, name, today)
@@ -97,6 +103,7 @@ def withdraw(site: Site, key: SiteKey, patient: PatientId, *, today: date, yes: 
         "site": site.name,
         "patient": name,
         "day": today.isoformat(),
+        "before": before,
         "done": yes,
         "destroyed": counts,
         "runs": runs,

@@ -85,7 +85,7 @@ def test_withdraw_is_dry_by_default(folder, capsys):
     assert call("patient", "withdraw", str(folder), NUMBER) == 0
     assert "nothing was changed yet" in capsys.readouterr().out and cache.patients(folder / "cache") == [NAME]
     assert call("patient", "withdraw", str(folder), NUMBER[1:]) == 0
-    assert "Nothing is known under this number" in capsys.readouterr().out
+    assert "Nothing is held under this number" in capsys.readouterr().out
     assert call("patient", "withdraw", str(folder), NUMBER, "--yes") == 0
     out = capsys.readouterr().out
     assert "destroyed: key and files in the cache: 1" in out and "eligible for run run-1 (model scatter)" in out

@@ -9,7 +9,7 @@ import pytest
 
 from fedscan_client import consent, key_rotation, key_use, patients
 from fedscan_client.consent import withdrawals
-from fedscan_client.intake import cache, index, ingest, quarantine, series
+from fedscan_client.intake import cache, index, ingest, objects, quarantine, series
 from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.rules import QuarantineSettings, Rule
 from fedscan_client.intake.sources import spool
@@ -263,3 +263,46 @@ def test_an_opt_out_list_that_names_no_issuer_covers_no_other_hospitals_ids(door
     objections.write_text("# as-of: 2026-01-10\npatient_id,issuer\nA-1,KLINIKUM\nC,\n")
     with_issuer = door.site(tmp_path, tmp_path / "other", consent=settings.model_copy(update={"issuer": "EAST"}))
     assert door.run(with_issuer).reasons("no consent") == {"objected": 1}
+
+
+def test_a_rotation_changes_nothing_where_an_image_lies_in_several_files(door, cr_instance, save, tmp_path):
+    door.lists(tmp_path, ["A-1"], LABELS)
+    for number in range(7):
+        save(cr_instance(BurnedInAnnotation="YES", SeriesDescription=f"{number}"), tmp_path / f"dicom/{number}")
+    site = door.site(tmp_path, tmp_path / "site")
+    door.run(site)
+    (item,) = [it for it in quarantine.items(site.folder) if it.reason == "burned_in"]
+    decide(door, site, item, "released")
+    assert door.run(site).instances("accepted") == 1
+    for _ in range(3):
+        assert key_rotation.rotate(site.folder, site.key, site.cache, also=[objects.rewrapped(site.folder)])
+        report = door.run(site)
+        assert (report.instances("accepted"), report.read, report.destroyed) == (1, 0, 0)
+
+
+def test_a_decision_outlives_a_copy_that_only_has_another_time(door, cr_instance, save, tmp_path):
+    site, path, item = waiting(door, cr_instance, save, tmp_path)
+    decide(door, site, item, "released")
+    assert door.run(site).instances("accepted") == 1
+    os.utime(path, ns=(1, 1))
+    report = door.run(site)
+    assert (report.instances("accepted"), report.destroyed) == (1, 0)
+
+
+def test_files_that_cannot_be_used_are_listed_until_they_are_gone(door, cr_instance, save, tmp_path):
+    door.lists(tmp_path, ["A-1"], LABELS)
+    save(cr_instance(), tmp_path / "dicom/a")
+    save(cr_instance(PatientID=["A-1", "B"], SOPInstanceUID="1.9"), tmp_path / "dicom/b")
+    (tmp_path / "dicom/notes.txt").write_text("hello")
+    site = door.site(tmp_path, tmp_path / "site")
+    door.run(site)
+    assert sorted(it.reason for it in quarantine.items(site.folder)) == ["not_dicom", "patient_id"]
+    (tmp_path / "dicom/notes.txt").unlink()
+    door.run(site)
+    assert [it.reason for it in quarantine.items(site.folder)] == ["patient_id"]
+
+
+def test_a_patient_of_whom_nothing_is_left_counts_as_destroyed(door, two, cr_instance, save, tmp_path):
+    save(cr_instance(BurnedInAnnotation="YES"), tmp_path / "dicom/a")
+    assert door.run(two, dry_run=True).destroyed == 1
+    assert door.run(two).destroyed == 1 and cache.patients(two.cache) == [door.name("B")]
