@@ -94,7 +94,11 @@ def test_withdraw_is_dry_by_default(folder, capsys):
     assert json.loads(capsys.readouterr().out)["done"] is False
     assert call("patient", "show", str(folder), NUMBER) == 0
     out = capsys.readouterr().out
-    assert "Consent: no, the patient withdrew here" in out and "Withdrew on" in out and "No images are held in the cohort." in out
+    assert (
+        "Consent: no, the patient withdrew here" in out
+        and "Withdrew on" in out
+        and "No images are held in the cohort." in out
+    )
 
 
 def test_consent_check(folder, tmp_path, capsys):

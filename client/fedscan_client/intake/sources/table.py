@@ -1,23 +1,16 @@
-"""Where images come from: a folder of DICOM files, or a research table beside image files.
+"""A research table: a CSV beside PNG, JPEG or npz files. Also how every CSV of a hospital is read.
 
-Reading here never decodes pixels: consent comes first. Every problem with a table is one
-`DataError` that names the first thing wrong; every problem with one DICOM file is one `Refused`, to
-be counted.
+Reading here never decodes pixels. Every problem with a table is one `DataError` that names the first thing wrong.
 """
 
 import csv
 import io
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydicom
-from pydicom.dataset import FileDataset
-
 from fedscan_client.intake.pictures import npz_images
-from fedscan_client.intake.records import SPLITS, Refused
+from fedscan_client.intake.records import SPLITS
 from fedscan_core.errors import DataError, FedscanError
 
 _KNOWN = ("file", "patient_id", "label", "index", "site", "split", "sex", "age")
@@ -42,49 +35,6 @@ class TableRow:
     sex: str
     age: str
     extra: Mapping[str, str]
-
-
-def dicom_files(folder: Path) -> Iterator[Path]:
-    """Every regular file below a folder, any name, in sorted order.
-
-    Symbolic links are left out, files and folders alike: a link could lead outside the folder that
-    the hospital chose, or in a circle.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"The image folder {folder} does not exist or is not a folder.",
-            remedy="Check the path, and that the share is mounted.",
-        )
-    for base, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        for name in sorted(names):
-            path = Path(base, name)
-            if path.is_file() and not path.is_symlink():
-                yield path
-
-
-def read_instance(path: Path, *, tags: Sequence[str] | None = None) -> FileDataset:
-    """Reads one DICOM file; pixel data stays undecoded.
-
-    Args:
-        path: the file.
-        tags: keywords to read; then the pixel data is not even loaded. None reads everything.
-
-    Raises:
-        Refused: not DICOM (PS3.10: preamble and DICM), or the header cannot be parsed.
-    """
-    try:
-        with warnings.catch_warnings():
-            # pydicom's warnings quote header values, which must not reach a log.
-            warnings.simplefilter("ignore")
-            if tags is None:
-                return pydicom.dcmread(path)
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-    except Exception:  # a hostile file can raise anything, RecursionError and MemoryError included
-        raise Refused("not_dicom") from None
 
 
 def read_text(path: Path, error: type[FedscanError] = DataError) -> str:

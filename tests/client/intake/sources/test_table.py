@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +5,7 @@ import pytest
 from PIL import Image
 
 from fedscan_client.intake.pictures import load_image
-from fedscan_client.intake.records import Refused
-from fedscan_client.intake.sources.table import dicom_files, read_instance, read_table, row_path
+from fedscan_client.intake.sources.table import read_table, row_path
 from fedscan_core.errors import DataError
 
 SHARED = Path(__file__).parents[4] / "../shared/data"
@@ -101,28 +99,6 @@ def test_missing_table_links_out_and_npz_without_images(table, tmp_path_factory)
     path.write_bytes("file,patient_id,label\na.png,Jürgen,1\n".encode("latin-1"))
     with pytest.raises(DataError, match="UTF-8"):
         read_table(path)
-
-
-def test_dicom_files_are_found_sorted_without_links(tmp_path):
-    for name in ("b/IM2", "b/IM1", "a/deep/er/x.DCM", "c with space"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "linked").symlink_to(tmp_path / "b/IM1")
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
-    found = [str(path.relative_to(tmp_path)) for path in dicom_files(tmp_path)]
-    assert found == ["c with space", "a/deep/er/x.DCM", "b/IM1", "b/IM2"]
-    with pytest.raises(DataError, match="does not exist"):
-        list(dicom_files(tmp_path / "none"))
-
-
-@pytest.mark.parametrize("data", [b"", b"hello", b"\0" * 128 + b"DICM", b"\0" * 128 + b"DICN" + b"\0" * 400])
-def test_what_is_not_dicom_is_refused_or_empty(tmp_path, data):
-    (tmp_path / "x").write_bytes(data)
-    try:
-        assert len(read_instance(tmp_path / "x")) == 0
-    except Refused as caught:
-        assert caught.reason == "not_dicom"
 
 
 @pytest.mark.parametrize(
