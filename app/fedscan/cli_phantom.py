@@ -36,7 +36,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     phantom.set_defaults(command=_phantom)
 
     table = commands.add_parser("phantom from-table", description=_FROM_TABLE, formatter_class=plain)
-    table.add_argument("table", metavar="TABLE.csv", type=Path, help="columns file, patient_id, label; see `simulate`")
+    table.add_argument(
+        "table", metavar="TABLE.csv", type=Path, help="columns file (below its folder), patient_id, label"
+    )
     table.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
     table.add_argument("--label-column", default="label", help="which column is the label (default %(default)s)")
     table.add_argument("--seed", type=int, default=0, help="decides the invented identities")
