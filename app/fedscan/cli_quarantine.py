@@ -137,7 +137,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedscan import quarantine_view
     from fedscan_client import site
     from fedscan_client.intake import quarantine
-    from fedscan_client.intake.records import REASONS
+    from fedscan_client.intake.records import REASONS, what_to_do
 
     if arguments.reason and arguments.reason not in REASONS:
         raise ConfigError(f"'{arguments.reason}' is no reason.", remedy=f"The reasons are {', '.join(REASONS)}.")
@@ -151,7 +151,7 @@ def _list(arguments: argparse.Namespace) -> int:
         console.print("Nothing waits." if not arguments.all else "The quarantine is empty.")
         return 0
     for reason in sorted({item.reason for item in found}, key=list(REASONS).index):
-        console.print(f"\n{reason}: {REASONS[reason]}. {quarantine.what_to_do(reason)}", soft_wrap=True)
+        console.print(f"\n{reason}: {REASONS[reason]}. {what_to_do(reason)}", soft_wrap=True)
         table = Table("id", "what", "size", Column("instances", justify="right"), "since", "state")
         for item in (item for item in found if item.reason == reason):
             what = f"{item.manufacturer} {item.modality}, {_short(item.sop_class)}"
@@ -166,7 +166,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from fedscan import quarantine_view
     from fedscan_client import site
     from fedscan_client.intake import quarantine
-    from fedscan_client.intake.records import REASONS
+    from fedscan_client.intake.records import REASONS, what_to_do
 
     folder = site.load(arguments.site).folder
     item, key = quarantine.get(folder, arguments.id), _key(folder)
@@ -179,7 +179,7 @@ def _show(arguments: argparse.Namespace) -> int:
     console.print(f"Reason: {REASONS[item.reason]}.")
     if item.by:
         console.print(f"{_last(item)} {why}")
-    console.print(quarantine.what_to_do(item.reason))
+    console.print(what_to_do(item.reason))
     rectangles = _rectangles(arguments.rect) or item.rectangles
     if item.releasable:
         looked = _look(folder, key, item, rectangles, arguments)
@@ -191,7 +191,7 @@ def _decide(arguments: argparse.Namespace) -> int:
     from fedscan import quarantine_view
     from fedscan_client import site
     from fedscan_client.intake import blackout, quarantine
-    from fedscan_client.intake.records import REASONS
+    from fedscan_client.intake.records import REASONS, what_to_do
 
     folder = site.load(arguments.site).folder
     item, key = quarantine.get(folder, arguments.id), _key(folder)
@@ -199,7 +199,7 @@ def _decide(arguments: argparse.Namespace) -> int:
     rectangles = _rectangles(getattr(arguments, "rect", []))
     if verdict != "rejected" and not item.releasable:
         said = f"Item {item.id} cannot be let in by anybody: {REASONS[item.reason]}."
-        raise DataError(said, remedy=quarantine.what_to_do(item.reason))
+        raise DataError(said, remedy=what_to_do(item.reason))
     if verdict == "blackout" and not rectangles:
         raise ConfigError("A blackout needs at least one rectangle.", remedy="Give --rect TOP,LEFT,BOTTOM,RIGHT.")
     blackout.check(rectangles, item.rows, item.columns)
@@ -247,8 +247,7 @@ def _look(
 
 
 def _told(item: "Item") -> dict[str, Any]:
-    from fedscan_client.intake.quarantine import what_to_do
-    from fedscan_client.intake.records import REASONS
+    from fedscan_client.intake.records import REASONS, what_to_do
 
     return {
         **asdict(item),

@@ -28,7 +28,7 @@ _RIGHT = 1e-3  # against plain autograd in float32: kernels differ, and so do su
 
 
 _PLANS: dict[object, Plan | None] = {}
-_REASONS: dict[tuple[object, str], None] = {}  # (network, why it is computed by the loop), in the order found
+_REASONS: dict[tuple[str, str], None] = {}  # (network, why it is computed by the loop), in the order found
 _log = logging.getLogger("fedscan.engine")
 
 
@@ -46,12 +46,10 @@ def plan_for(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
                 _PLANS[key] = _planned(module, loss_rows, x_B, y_B, size)
         except Unsplittable as error:
             _PLANS[key] = None
-            _say(key[0], str(error))
-        except (
-            Exception
-        ) as error:  # it depends on the network's structure only; the loop says it if it fails there, too
+            _say(module, str(error))
+        except Exception as error:  # by the network's structure only; the loop says it if it fails there, too
             _PLANS[key] = None
-            _say(key[0], f"{type(error).__name__} in the trial on random images: {error}")
+            _say(module, f"{type(error).__name__} in the trial on random images: {error}")
     return _PLANS[key]
 
 
@@ -60,7 +58,8 @@ def reasons() -> list[str]:
     return list(dict.fromkeys(reason for _, reason in _REASONS))
 
 
-def _say(network: object, reason: str) -> None:
+def _say(module: nn.Module, reason: str) -> None:
+    network = repr(module)  # for people: not what the plan's key tells apart
     if (network, reason) not in _REASONS:
         _REASONS[network, reason] = None
         _log.warning("patients are computed one by one, which takes several times as long: %s", reason)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from fedscan_client.intake import blackout
 from fedscan_client.intake.quarantine_file import NAME, reading, seal, unseal, wipe_log, writing
-from fedscan_client.intake.records import REASONS, REVIEW, Rectangle
+from fedscan_client.intake.records import REASONS, REVIEW, Rectangle, what_to_do
 from fedscan_client.intake.traits import UNKNOWN, Traits
 from fedscan_core import auditlog
 from fedscan_core.errors import DataError
@@ -341,17 +341,6 @@ def why(folder: Path, key: bytes, id: str) -> str:
         sql = "SELECT number, why FROM decisions WHERE number = (SELECT max(decision) FROM instances WHERE item = ?)"
         row = db.execute(sql, (item.id,)).fetchone() if db else None
     return unseal(key, row[1], f"why {row[0]}") if row else ""
-
-
-def what_to_do(reason: str) -> str:
-    """The next step for a reason, as a sentence."""
-    if reason in REVIEW:
-        return "Look at it ('show'), then 'release', 'blackout' or 'reject' it, or write a rule for the device."
-    if reason in ("not_dicom", "catalogue", "sop_class", "no_pixels", "duplicate"):
-        return "Nothing to do: it is no image that can be used. 'reject' takes it off the list of what waits."
-    if reason in ("transfer_syntax", "multi_frame", "colour"):
-        return "This version cannot use it. Send it uncompressed, or leave it out."
-    return "Nobody can let it in: correct it at the source, then ingest again."
 
 
 # -------------------------------------------------------------------------------------------------------------- rows

@@ -53,6 +53,17 @@ REASONS: Mapping[str, str] = MappingProxyType(
 )
 
 
+def what_to_do(reason: str) -> str:
+    """The next step for a reason, as a sentence."""
+    if reason in REVIEW:
+        return "Look at it ('show'), then 'release', 'blackout' or 'reject' it, or write a rule for the device."
+    if reason in ("not_dicom", "catalogue", "sop_class", "no_pixels", "duplicate"):
+        return "Nothing to do: it is no image that can be used. 'reject' takes it off the list of what waits."
+    if reason in ("transfer_syntax", "colour"):
+        return "This version cannot use it. Send it uncompressed, or leave it out."
+    return "Nobody can let it in: correct it at the source, then ingest again."
+
+
 class Refused(DataError):
     """One instance or series set aside, under a reason of `REASONS`."""
 
