@@ -148,7 +148,10 @@ def wait_for(path, what, seconds=60.0):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+)
 def test_a_signal_leaves_a_run_that_goes_on(number, code, table, tmp_path):
     (tmp_path / "run.toml").write_text(SMALL.replace("ROUNDS", "120"))
     command = [sys.executable, "-m", "fedscan.cli", "simulate", "run.toml", "--data", str(table), "--out", "r"]

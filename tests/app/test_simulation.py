@@ -255,8 +255,14 @@ def test_quickstart_trains_phantom_hospitals(tmp_path):
     ("config", "folder", "at_least", "few"),
     [
         ("cxr_pneumonia", "cxr", 0.7, ["task.image_size=16"]),
-        ("pneumonia_partitioned", "large2d", 0.7, ["task.image_size=16"]),
-        ("malaria", "large2d", 0.0, ["train.rounds=1", "privacy.max_images_per_patient=2", "task.image_size=16"]),
+        pytest.param("pneumonia_partitioned", "large2d", 0.7, ["task.image_size=16"], marks=pytest.mark.slow),
+        pytest.param(
+            "malaria",
+            "large2d",
+            0.0,
+            ["train.rounds=1", "privacy.max_images_per_patient=2", "task.image_size=16"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_shipped_runs_train_on_real_images(config, folder, at_least, few, tmp_path):
