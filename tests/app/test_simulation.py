@@ -278,7 +278,7 @@ def test_shipped_runs_train_on_real_images(config, folder, at_least, few, tmp_pa
         assert "rest" in summary["metrics"]["auroc_per_site"]
 
 
-@pytest.mark.parametrize("count", [2, 8, 64])
+@pytest.mark.parametrize("count", [2, 8, pytest.param(64, marks=pytest.mark.slow)])
 def test_many_sites(run_for, tmp_path, count):
     from fedscan.phantom import phantom_table
 

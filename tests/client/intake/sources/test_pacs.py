@@ -123,7 +123,10 @@ def test_only_permitted_patients_are_asked_for(pacs, source, instances, tmp_path
     assert report.no_consent == len(asked) - report.studies > 0
 
 
-@pytest.mark.parametrize("kind", ("dicomweb", pytest.param("dimse-move", marks=pytest.mark.slow), "dimse-get"))
+@pytest.mark.parametrize(
+    "kind",
+    ("dicomweb", pytest.param("dimse-move", marks=pytest.mark.slow), pytest.param("dimse-get", marks=pytest.mark.slow)),
+)
 def test_a_pacs_that_dies_half_way(pacs, source, instances, tmp_path, kind):
     """Killed in the middle; while we still try, it comes back: nothing is lost and nothing comes twice."""
     fetched = []
