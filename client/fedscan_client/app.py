@@ -24,7 +24,7 @@ from fedscan_client.site import Site
 from fedscan_core import accounting, config, files, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import ConfigError, ConsentError, FolderError, PrivacyError, RecordDamaged, WireError
+from fedscan_core.errors import ConfigError, FedscanError, FolderError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import histograms, registry
 
@@ -72,7 +72,11 @@ def _declare(here: Site, request: Request) -> Reply:
     """Permit: the plan this site would follow, from public values alone, or a refusal with its reason."""
     try:
         run, plan = _permit(here, request)
-        _register(here)
+        try:
+            _register(here)
+        except FedscanError as error:  # of register, key or site.toml: the text names the site's files
+            _note(here, f"{type(error).__name__}: {error}")
+            raise Refused("this site has no consent register that can be used now") from None
         if run.privacy.enabled:
             budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
             ledger.open_ledger(here.book, budget, here.patients_declared, here.policy.gate)
@@ -81,9 +85,6 @@ def _declare(here: Site, request: Request) -> Reply:
         return Reply(here.name, "refused", refused.reason)
     except RecordDamaged:
         raise  # names a file of the site: the server hears `failed`
-    except ConsentError as error:
-        _note(here, str(error))
-        return Reply(here.name, "refused", "this site has no consent register that can be used now")
     except (ConfigError, PrivacyError) as error:  # they depend on the request and on what the site declares only
         return Reply(here.name, "refused", str(error))
     return Reply(here.name, "ok", plan=plan)
@@ -135,6 +136,7 @@ def _register(here: Site) -> Register | None:
 
     Raises:
         ConsentError: it is missing, damaged or too old. That depends on the file, which is the hospital's to keep.
+        ConfigError, SiteKeyError: project, issuer or the site's key are not what they were.
     """
     if here.consent is None:
         return None

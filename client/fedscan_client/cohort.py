@@ -24,10 +24,9 @@ from torch import Tensor
 from fedscan_client import keys
 from fedscan_client.intake import cache, pictures, render
 from fedscan_client.intake.cache import Entry, Opened
-from fedscan_client.intake.cache_keys import Damaged
 from fedscan_client.site import Site
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import DataError
+from fedscan_core.errors import DataError, SiteKeyError
 from fedscan_models import registry
 
 TABLE = "cohort.csv"
@@ -155,7 +154,9 @@ def images_of(site: Site, run: RunConfig) -> tuple[list[Image], list[str]]:
     for name in cache.patients(site.cache):
         try:
             opened = cache.open_patient(site.cache, key, name)
-        except Damaged as error:  # one spoilt file must not stop the others: see the module's docstring
+        except SiteKeyError:  # nobody's can be read
+            raise
+        except Exception as error:  # one spoilt file must not stop the others: see the module's docstring
             left_out.append(f"{type(error).__name__}: {error}")
             continue
         where = split_of(key.names, name)

@@ -138,3 +138,16 @@ def test_one_unreadable_index_stops_no_round_and_a_withdrawn_patient_leaves_ever
     (here.cache / "patients" / NAMES[0] / cache.INDEX).mkdir()  # not readable as a file, even for root
     assert ask(here, "train", run, 1).status == "ok" and NAMES[0] not in took_part[-1]
     assert len(cohort._MEMORY) == 1
+
+
+@pytest.mark.parametrize("spoil", ["key", "project"])
+def test_no_path_of_the_site_is_said_to_the_server(here, make_run, spoil, tmp_path):
+    here.claim_names(SECRET)
+    if spoil == "key":
+        (here.folder / "key").unlink()
+    else:
+        here = here.model_copy(update={"intake": Intake(labels=Path("labels.csv"), project="other")})
+    reply = ask(here, "query", make_run())
+    assert (reply.status, reply.reason) == ("refused", "this site has no consent register that can be used now")
+    assert ask(here, "train", make_run(), 1).status == "failed"
+    assert str(tmp_path) in (here.folder / "site.log").read_text()

@@ -183,11 +183,6 @@ def read_values(folder: Path, key: SiteKey, pid: str, entry: Entry) -> NDArray[A
     return open_patient(folder, key, pid).values(entry)
 
 
-def read_volume(folder: Path, key: SiteKey, pid: str, entry: Entry) -> Volume:
-    """One image. Errors as `read_values`."""
-    return open_patient(folder, key, pid).volume(entry)
-
-
 def state_digest(folder: Path) -> str:
     """SHA-256 over all patients and their indexes: another one whenever anything in the cache was changed or put back.
 

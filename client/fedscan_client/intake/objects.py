@@ -109,13 +109,13 @@ def everything_of(site: Site, key: SiteKey, patient: str, *, destroy: bool) -> d
 
 def _unseen(site: Site, key: SiteKey, seen: index.Index, patient: str, destroy: bool) -> int:
     """Objects of a patient that came since the last ingest."""
-    count = 0
+    count, names = 0, site.names(key)
     for item in spool.found(site.spool, key.wrapping):
         if seen.knows(f"{_SPOOL}\n{item.locator}"):
             continue
         try:
             with item.open() as stream:
-                whose = deid.patient_name(site.names(key), deid.identity(read.header(stream, item.size), site.issuer))
+                whose = deid.patient_name(names, deid.identity(read.header(stream, item.size), site.issuer))
         except (DataError, OSError):
             continue
         if whose == patient:

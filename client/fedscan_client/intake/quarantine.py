@@ -115,6 +115,15 @@ class Known:
     rectangles: tuple[Rectangle, ...]
     digest: str
 
+    def let_in(self, digest: str) -> tuple[Rectangle, ...] | None:
+        """What a person decided on these very bytes: rectangles to black out before they are let in, () if as they are.
+
+        None: nobody let them in. They wait, were rejected, are not what the person saw, or their reason is none that a
+        person may overrule.
+        """
+        decided = self.state in ("released", "blackout") and self.reason in REVIEW
+        return self.rectangles if decided and self.digest == digest else None
+
 
 @dataclass(frozen=True)
 class Held:
@@ -165,22 +174,6 @@ def put(folder: Path, key: bytes, found: Iterable[Found], *, today: date | None 
             db.execute(f"INSERT OR REPLACE INTO instances ({', '.join(values)}) VALUES ({marks})", values)
             changed += 1
     return changed
-
-
-def decision_for(folder: Path, series: str, instance: str, *, digest: str = "") -> tuple[Rectangle, ...] | None:
-    """What a person decided on an instance: rectangles to black out before it is let in, () if released as it is.
-
-    None: nobody let it in. It waits, was rejected, its content is not what the person saw, or its reason is none that a
-    person may overrule.
-    """
-    with reading(folder) as db:
-        row = _row(db, instance) if db else None
-        if db is None or not row or (row["series"], row["digest"]) != (series, digest) or row["reason"] not in REVIEW:
-            return None
-        found = db.execute("SELECT kind, rectangles FROM decisions WHERE number = ?", (row["decision"],)).fetchone()
-    if found is None or found[0] not in ("released", "blackout"):
-        return None
-    return _rectangles(found[1])
 
 
 def states(folder: Path, series: str) -> dict[str, "Known"]:

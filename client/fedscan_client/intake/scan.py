@@ -15,8 +15,6 @@ from fedscan_client.intake.sources.found import Found
 from fedscan_core.errors import DataError
 
 _DIRECTORY = "1.2.840.10008.1.3.10"  # Media Storage Directory Storage: a DICOMDIR (PS3.3 F)
-
-
 _VERSION = 1  # of what is read of a header: another number reads every header again
 
 

@@ -208,11 +208,13 @@ def _clean(work: Work, row: Row, state: Known | None, number: int, of: int) -> D
     Raises:
         Refused: it waits for a person or was rejected, changed since its header was read, or cannot be used.
     """
-    if state is not None and (state.reason not in REVIEW or state.digest != _content(work, row)):
-        state = None if state.state != "rejected" else state  # it is not what was looked at, and waits anew
-    if state is not None and (state.state == "rejected" or (state.state, state.reason) == ("waiting", "text_seen")):
-        raise Refused(state.reason)
-    rectangles = None if state is None or state.state == "waiting" else state.rectangles
+    rectangles = None
+    if state is not None:
+        content = _content(work, row) if state.reason in REVIEW else ""
+        alarmed = (state.state, state.reason, state.digest) == ("waiting", "text_seen", content)
+        if alarmed or state.state == "rejected":
+            raise Refused(state.reason)
+        rectangles = state.let_in(content)  # None as well where it is not what was looked at: it waits anew
     decided = rectangles is not None
     if rectangles is None and row.header.review:
         rectangles = _by_rule(work, row)

@@ -70,7 +70,7 @@ def test_round_trip_of_everything_that_is_kept(tmp_path):
     first, second = kept.entries
     assert cache.read_index(tmp_path, KEY, A) == kept and cache.patients(tmp_path) == [A]
     assert (second.dtype, second.shape, second.modality) == ("<f4", (4, 5), "")
-    back = cache.read_volume(tmp_path, KEY, A, first)
+    back = cache.open_patient(tmp_path, KEY, A).volume(first)
     assert np.array_equal(back.values, volume.values) and back.values.dtype == volume.values.dtype
     assert {k: v for k, v in vars(back).items() if k != "values"} == {
         k: v for k, v in vars(volume).items() if k != "values"
