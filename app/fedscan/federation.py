@@ -20,7 +20,6 @@ from fedscan import partition
 from fedscan.phantom import draw_hospital
 from fedscan_client import cohort, consent, keys
 from fedscan_client import site as sites
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.ingest import ingest
 from fedscan_client.intake.sources.settings import Folder, Table
 from fedscan_client.intake.sources.table import TableRow, read_table
@@ -28,6 +27,7 @@ from fedscan_client.site import Intake, Site
 from fedscan_core import accounting
 from fedscan_core.config import RunConfig, SiteRule
 from fedscan_core.errors import ConfigError, DataError, PrivacyError
+from fedscan_core.policy import Policy
 
 HOSPITALS = "hospitals"  # beside the sites: what the phantoms' PACS would hold
 TRAIN_SHARE = 0.7  # what `cohort.split_of` aims at

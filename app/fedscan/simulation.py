@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from fedscan_client.site import Site
 from fedscan_core import config, config_file, files
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError, FolderError, MissingExtra, RunFailed
+from fedscan_core.order import Order, new_run_id
 from fedscan_core.wire import Arrays
 from fedscan_models import registry, tasks
 from fedscan_server import app as server_app
@@ -109,7 +109,7 @@ def simulate(
 
         built = federation.build(run, planned, folder / SITES, tell)
         state = _Federation(
-            run_id=f"{run.name[:40]}-{token_hex(6)}",
+            run_id=new_run_id(run.name),
             config_sha256=config.sha256(run),
             sites=tuple(site.name for site, plan in zip(built, planned, strict=True) if plan.trains),
             evaluation_only=tuple(site.name for site, plan in zip(built, planned, strict=True) if not plan.trains),
@@ -187,7 +187,7 @@ def _run(
         watch(progress)
 
     app = client_app.make_app(functools.partial(_open, tuple(training)))
-    job = Job(run, state.run_id, folder, len(training), judge, tell, stop)
+    job = Job(run, Order(state.run_id, config.for_sites(run)), folder, len(training), judge, tell, stop)
     try:
         if run.simulation.backend == "ray":
             _on_ray(run, job, app, len(training))

@@ -15,9 +15,8 @@ from rich.table import Column, Table
 
 from fedscan_client import site
 from fedscan_client.dp import ledger
-from fedscan_client.gate import policy
 from fedscan_client.site import Site
-from fedscan_core import accounting, config_file, rdp
+from fedscan_core import accounting, config_file, policy, rdp
 from fedscan_core.accounting import Event, GaussianQuery, SitePlan
 from fedscan_core.errors import PrivacyError
 

@@ -19,9 +19,9 @@ from fedscan_client import cohort, consent, eligible, evaluate, keys, site, trai
 from fedscan_client.consent import Decision, Register
 from fedscan_client.dp import engine, ledger, ledger_lock
 from fedscan_client.dp.ledger import Release
-from fedscan_client.gate import egress, guard, policy
+from fedscan_client.gate import egress, guard
 from fedscan_client.site import Site
-from fedscan_core import accounting, config, files, wire
+from fedscan_core import accounting, config, files, policy, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError, FolderError, PrivacyError, RecordDamaged, WireError

@@ -31,13 +31,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedscan_client import consent as consents
 from fedscan_client import keys
 from fedscan_client.dp.ledger_file import Book
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.rules import QuarantineSettings
 from fedscan_client.intake.sources import settings as sources
 from fedscan_client.intake.sources.settings import Source
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
 from fedscan_core.files import write_atomic
+from fedscan_core.policy import Policy
 
 FILE = "site.toml"
 NAMED = "names.check"  # fingerprint of what the site's pseudonyms are made with

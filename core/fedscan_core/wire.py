@@ -3,9 +3,13 @@
     server -> site   query     run                       may this run happen here, and under which plan?
                      train     run + model               one round
                      evaluate  run + model               the one private evaluation
-    site -> server   query     status [+ plan]           public constants only, or a refusal with its reason
+    site -> server   query     status [+ plan]           public constants only, "pending" while a person there has yet
+                                                         to approve, or a refusal with its reason
                      train     status [+ update]         a noisy model delta, or the constant "failed"
                      evaluate  status [+ histogram]      noisy counts, or the constant "failed"
+
+`run` is the signed order (`fedscan_core.order`) and the round. A `status` carries the site's name and the anchor of its
+audit log, which is a keyed digest: it tells whoever lacks the site's key nothing, not even how long the log is.
 
 Arrays are plain numpy by name. Flower serialises them with `np.save` and no pickle. Importing this module does not
 load Flower; the functions that make records do.
@@ -24,32 +28,45 @@ import numpy as np
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import WireError
+from fedscan_core.order import Order, from_text, to_text
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-PROTOCOL = 1
+PROTOCOL = 2
 EVALUATION_ROUND = 0  # the ledger's round number of the private evaluation
 
 Arrays = dict[str, np.ndarray]
-Status = Literal["ok", "failed", "refused"]
+Status = Literal["ok", "failed", "refused", "pending"]
 
 _RUN, _MODEL, _STATUS, _PLAN, _UPDATE, _HISTOGRAM = "run", "model", "status", "plan", "update", "histogram"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of a site. `round` counts from 1; `config` is `config.for_sites` JSON."""
+    """What the server asks of a site. `round` counts from 1."""
 
-    run_id: str
+    order: Order
     round: int
-    config: str
     model: Arrays | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The run, for ever."""
+        return self.order.run_id
+
+    @property
+    def config(self) -> str:
+        """`config.for_sites` JSON."""
+        return self.order.config
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a site answers. After a reservation `failed` carries no reason: the reason could depend on patients."""
+    """What a site answers. After a reservation `failed` carries no reason: the reason could depend on patients.
+
+    `anchor`: keyed digest of the site's audit log up to and with this answer, 64 hex digits; "" in simulation.
+    """
 
     site: str
     status: Status
@@ -57,19 +74,15 @@ class Reply:
     plan: SitePlan | None = None
     update: Arrays | None = None
     histogram: np.ndarray | None = None
+    anchor: str = ""
 
 
 def request_record(request: Request) -> "RecordDict":
     """Packs a request."""
     from flwr.app import ConfigRecord, RecordDict
 
-    record = RecordDict(
-        {
-            _RUN: ConfigRecord(
-                {"protocol": PROTOCOL, "run_id": request.run_id, "round": request.round, "config": request.config}
-            )
-        }
-    )
+    run = {"protocol": PROTOCOL, "round": request.round, "order": to_text(request.order)}
+    record = RecordDict({_RUN: ConfigRecord(run)})
     if request.model is not None:
         record[_MODEL] = _pack(request.model)
     return record
@@ -82,23 +95,22 @@ def read_request(record: "RecordDict") -> Request:
         WireError: another protocol version, or anything missing, mistyped or additional.
     """
     _only(record, {_RUN, _MODEL})
-    run = _config(record, _RUN, {"protocol": int, "run_id": str, "round": int, "config": str})
+    run = _config(record, _RUN, {"protocol": int, "round": int, "order": str})
     if run["protocol"] != PROTOCOL:
         raise WireError(
             f"The server speaks protocol {run['protocol']}, this site {PROTOCOL}.",
             remedy="Install the same fedscan version.",
         )
-    if not re.fullmatch(NAME_PATTERN, run["run_id"]):  # it becomes part of a file's name at the site
-        raise WireError("The run's id is not a plain name.")
     model = _unpack(record, _MODEL) if _MODEL in record else None
-    return Request(run["run_id"], run["round"], run["config"], model)
+    return Request(from_text(run["order"]), run["round"], model)
 
 
 def reply_record(reply: Reply) -> "RecordDict":
     """Packs a reply."""
     from flwr.app import ConfigRecord, RecordDict
 
-    record = RecordDict({_STATUS: ConfigRecord({"site": reply.site, "status": reply.status, "reason": reply.reason})})
+    status = {"site": reply.site, "status": reply.status, "reason": reply.reason, "anchor": reply.anchor}
+    record = RecordDict({_STATUS: ConfigRecord(status)})
     if reply.plan is not None:
         record[_PLAN] = ConfigRecord(dataclasses.asdict(reply.plan))
     if reply.update is not None:
@@ -111,11 +123,13 @@ def reply_record(reply: Reply) -> "RecordDict":
 def read_reply(record: "RecordDict") -> Reply:
     """Unpacks a reply; see `read_request` for the errors."""
     _only(record, {_STATUS, _PLAN, _UPDATE, _HISTOGRAM})
-    status = _config(record, _STATUS, {"site": str, "status": str, "reason": str})
-    if status["status"] not in ("ok", "failed", "refused"):
+    status = _config(record, _STATUS, {"site": str, "status": str, "reason": str, "anchor": str})
+    if status["status"] not in ("ok", "failed", "refused", "pending"):
         raise WireError(f"Unknown status '{status['status']}' in a reply.")
     if not re.fullmatch(NAME_PATTERN, status["site"]):  # it becomes part of the published summary
         raise WireError("A site's name in a reply is not a plain name.")
+    if not re.fullmatch("([0-9a-f]{64})?", status["anchor"]):
+        raise WireError("The anchor in a reply is no digest.")
     plan = None
     if _PLAN in record:
         fields = {field.name: field.type for field in dataclasses.fields(SitePlan)}
@@ -127,7 +141,7 @@ def read_reply(record: "RecordDict") -> Reply:
             raise WireError(f"Record '{_HISTOGRAM}' holds other arrays than the histogram.")
         histogram = arrays[_HISTOGRAM]
     update = _unpack(record, _UPDATE) if _UPDATE in record else None
-    return Reply(status["site"], status["status"], status["reason"], plan, update, histogram)
+    return Reply(status["site"], status["status"], status["reason"], plan, update, histogram, status["anchor"])
 
 
 def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:

@@ -40,8 +40,9 @@ from fedscan_client import app as client_app
 from fedscan_client import cohort, evaluate, train
 from fedscan_client import site as sites
 from fedscan_client.site import Site
-from fedscan_core import accounting, config_file
+from fedscan_core import accounting, config, config_file
 from fedscan_core.config import RunConfig
+from fedscan_core.order import Order, new_run_id
 from fedscan_models import registry, tasks
 from fedscan_server import app as server_app
 
@@ -155,7 +156,7 @@ def ours(run: RunConfig, built: list[Site], epsilon: float | None, scratch: Path
     folder.mkdir()
     began = time.process_time()
     app = client_app.make_app(lambda context: sites.load(built[int(context.node_config["partition-id"])].folder))
-    job = server_app.Job(run, f"bench-{token_hex(6)}", folder)
+    job = server_app.Job(run, Order(new_run_id("bench"), config.for_sites(run)), folder)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     server_app.make_app(job)(InlineGrid(app, len(built)), context)
     seconds = time.process_time() - began

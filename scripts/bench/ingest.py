@@ -31,10 +31,10 @@ from rich.table import Table
 from fedscan.phantom import draw_hospital, write_consent, write_csv
 from fedscan.phantom_headers import Person, demographics, instance, mrn, study_uid
 from fedscan_client import consent, keys
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.ingest import ingest
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Intake, Site
+from fedscan_core.policy import Policy
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 

@@ -23,6 +23,7 @@ from fedscan_core import accounting, config, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, RunFailed, WireError
+from fedscan_core.order import Order
 from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import registry
 from fedscan_server import aggregate, checkpoint, evaluate, tracking
@@ -52,7 +53,7 @@ class Job:
 
     Attributes:
         run: the experiment.
-        run_id: unique to this run, for ever: sites book their ledgers under it.
+        order: what is asked of the sites, under an id that is this run's for ever.
         folder: the run folder, made already.
         sites: how many nodes to wait for before the run begins; some runtimes connect them one by one.
         judge: simulation only: exact metrics of a model on pretend held-out patients.
@@ -62,7 +63,7 @@ class Job:
     """
 
     run: RunConfig
-    run_id: str
+    order: Order
     folder: Path
     sites: int = 1
     judge: Callable[[Arrays], dict[str, Any]] | None = None
@@ -96,14 +97,13 @@ def run_rounds(grid: Grid, job: Job) -> None:
     nodes, plans = _declare(grid, job, state.round)
     weights = _weights(run, plans)
     needed = min(run.aggregation.min_sites, len(plans))
-    request = Request(job.run_id, 0, config.for_sites(run))
     tracking.keep_rounds(job.folder, state.round)
     metrics: dict[str, Any] = {}
 
     for round_ in range(state.round + 1, run.train.rounds + 1):
         started = time.monotonic()
         total, notes, up = aggregate.RunningSum(), list[str](), 0
-        out = Request(job.run_id, round_, request.config, state.model)
+        out = Request(job.order, round_, state.model)
         for name, reply in _exchange(grid, job, "train", out, nodes):
             try:
                 update = _usable(reply, state.model, trainable)
@@ -182,7 +182,7 @@ def _declare(grid: Grid, job: Job, done: int) -> tuple[dict[int, str], dict[str,
         ConfigError: too few sites take part; it names the first refusals and their reasons.
     """
     nodes = {node: str(node) for node in _connected(grid, job)}
-    request = Request(job.run_id, 0, config.for_sites(job.run))
+    request = Request(job.order, 0)
     plans: dict[str, SitePlan] = {}
     names: dict[int, str] = {}
     refused: list[str] = []
@@ -321,7 +321,7 @@ def _finish(
     if run.evaluation.private and run.privacy.enabled:
         released: list[np.ndarray] = []
         noise: list[float] = []
-        request = Request(job.run_id, wire.EVALUATION_ROUND, config.for_sites(run), state.average)
+        request = Request(job.order, wire.EVALUATION_ROUND, state.average)
         for name, reply in _exchange(grid, job, "evaluate", request, nodes):
             if isinstance(reply, Reply) and reply.status == "ok" and evaluate.fits(run, reply.histogram):
                 assert reply.histogram is not None
@@ -335,7 +335,7 @@ def _finish(
     )
     summary = {
         "run": run.name,
-        "run_id": job.run_id,
+        "run_id": job.order.run_id,
         "config_sha256": sha,
         "versions": tracking.versions(),
         "privacy_enabled": run.privacy.enabled,

@@ -11,12 +11,12 @@ import pytest
 
 from fedscan import cli_key
 from fedscan_client import key_backup, keys
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Site, save
 from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
+from fedscan_core.policy import Policy
 
 WORDS = "correct horse battery staple"
 

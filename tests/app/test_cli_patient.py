@@ -12,13 +12,13 @@ import pytest
 from fedscan import cli_patient
 from fedscan_client import eligible, keys, site
 from fedscan_client.consent import Settings
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache
 from fedscan_client.intake.deid import patient_name
 from fedscan_client.intake.records import PatientId, Volume
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Site
 from fedscan_core.errors import ConfigError, ConsentError, FedscanError, FolderError
+from fedscan_core.policy import Policy
 
 KEY = keys.SiteKey(bytes(range(32)), bytes(range(32, 64)))
 NUMBER = "SECRET-0815"

@@ -10,13 +10,13 @@ from PIL import Image
 
 from fedscan.phantom_table import table_to_hospitals
 from fedscan_client import consent, keys
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache, render
 from fedscan_client.intake.ingest import ingest
 from fedscan_client.intake.pictures import load_image
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Intake, Site
 from fedscan_core.errors import DataError
+from fedscan_core.policy import Policy
 
 PIXELS: dict[str, np.ndarray] = {
     "grey.png": np.arange(20 * 24, dtype=np.uint8).reshape(20, 24),

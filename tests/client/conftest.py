@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from fedscan_client.cohort import COLUMNS, TABLE, Patients, forget
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.sources.settings import Table
 from fedscan_client.site import Site
 from fedscan_client.site import save as save_site
 from fedscan_core.config import RunConfig
+from fedscan_core.policy import Policy
 
 Row = tuple[str, str, str, int]  # patient, label, split, seed of the picture
 

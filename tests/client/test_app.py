@@ -14,6 +14,7 @@ from fedscan_client.app import make_app
 from fedscan_client.dp import ledger, ledger_file
 from fedscan_client.gate import egress
 from fedscan_core import accounting, auditlog, config, wire
+from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
@@ -33,7 +34,7 @@ def tell(here, kind, record):
 
 def ask(here, kind, run, *, round_=0, model=None, run_id="demo"):
     """A well-formed request and its reply. Nothing of the site's inside may be in it."""
-    record = tell(here, kind, wire.request_record(Request(run_id, round_, config.for_sites(run), model)))
+    record = tell(here, kind, wire.request_record(Request(Order(run_id, config.for_sites(run)), round_, model)))
     text = repr(record.config_records)
     assert not [word for word in INSIDE if word in text] and set(record) <= {"status", "plan", "update", "histogram"}
     return wire.read_reply(record)
@@ -119,7 +120,7 @@ def test_train_answers_with_exactly_the_trainable_parameters(make_site, make_run
     run = make_run(model={"name": "cnn", "trainable": "head"})
     here = make_site(tmp_path / "north")
     ask(here, "query", run)
-    record = tell(here, "train", wire.request_record(Request("demo", 1, config.for_sites(run), weights(run))))
+    record = tell(here, "train", wire.request_record(Request(Order("demo", config.for_sites(run)), 1, weights(run))))
     assert set(record) == {"status", "update"}
     update = wire.read_reply(record).update
     assert update is not None
@@ -219,7 +220,7 @@ def test_a_site_that_cannot_be_opened_does_not_say_where_it_lies(run, tmp_path):
 
 @pytest.mark.parametrize("change", ["protocol", "extra", "run id", "config"])
 def test_a_message_that_is_malformed_is_not_answered(here, run, change):
-    record = wire.request_record(Request("demo", 1, config.for_sites(run), weights(run)))
+    record = wire.request_record(Request(Order("demo", config.for_sites(run)), 1, weights(run)))
     if change == "protocol":
         record.config_records["run"]["protocol"] = wire.PROTOCOL + 1
     elif change == "extra":

@@ -17,6 +17,7 @@ from fedscan_client.intake.records import PatientId, Volume, Window
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Intake
 from fedscan_core import config, wire
+from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
@@ -69,7 +70,7 @@ def took_part(monkeypatch):
 
 def ask(here, kind, run, round_=0):
     model = {n: t.numpy() for n, t in registry.for_run(run).module.state_dict().items()} if round_ else None
-    record = wire.request_record(Request("demo", round_, config.for_sites(run), model))
+    record = wire.request_record(Request(Order("demo", config.for_sites(run)), round_, model))
     grid = InlineGrid(make_app(lambda context: here), 1)
     (node,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([Message(record, node, kind)])

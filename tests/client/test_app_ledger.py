@@ -15,13 +15,14 @@ from fedscan.grid import InlineGrid
 from fedscan_client import app
 from fedscan_client.dp import engine, ledger_file, ledger_lock
 from fedscan_core import accounting, auditlog, config, wire
+from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
 
 def ask(here, kind, run, *, round_=0, model=None):
     grid = InlineGrid(app.make_app(here if callable(here) else lambda context: here), 1)
-    record = wire.request_record(Request("demo", round_, config.for_sites(run), model))
+    record = wire.request_record(Request(Order("demo", config.for_sites(run)), round_, model))
     (reply,) = grid.send_and_receive([Message(record, next(iter(grid.get_node_ids())), kind)])
     return wire.read_reply(reply.content)
 

@@ -9,7 +9,6 @@ import pytest
 from fedscan_client import eligible, patients, site
 from fedscan_client.consent import Settings, withdrawals
 from fedscan_client.dp import ledger
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache, index, quarantine
 from fedscan_client.intake.deid import patient_name
 from fedscan_client.intake.index import Header
@@ -21,6 +20,7 @@ from fedscan_client.site import Site
 from fedscan_core import accounting, rdp
 from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import ConfigError, ConsentError
+from fedscan_core.policy import Policy
 
 KEY = SiteKey(bytes(range(32)), bytes(range(32, 64)))
 TODAY = date(2026, 1, 15)

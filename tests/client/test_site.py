@@ -8,10 +8,10 @@ import pytest
 
 from fedscan_client import site
 from fedscan_client.dp.ledger_file import Book
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake.sources.settings import Folder, Table
 from fedscan_client.site import Site
 from fedscan_core.errors import ConfigError
+from fedscan_core.policy import Policy
 
 GOOD = """\
 name = "north"

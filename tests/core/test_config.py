@@ -64,9 +64,11 @@ def test_toml_there_and_back_is_the_same_run(tree):
 def test_sites_hear_all_but_where_pretend_data_lie(tree):
     run = config_file.parse(tree)
     text = config.for_sites(run)
-    assert set(json.loads(text)) == set(RunConfig.model_fields) - {"data", "simulation"}
+    assert set(json.loads(text)) == set(RunConfig.model_fields) - {"data", "simulation", "federation"}
     there = config.from_server(text)
-    assert there.model_dump(exclude={"data", "simulation"}) == run.model_dump(exclude={"data", "simulation"})
+    assert there.model_dump(exclude={"data", "simulation", "federation"}) == run.model_dump(
+        exclude={"data", "simulation", "federation"}
+    )
     assert there.data == config.Data() and config.for_sites(there) == text
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedscan_core import wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import WireError
+from fedscan_core.order import Order
 from fedscan_core.wire import Reply, Request, fingerprint
 
 PLAN = SitePlan(640, 1e-5, 7.9, 0.1, 1.1, 20, 4.5)
@@ -19,7 +20,7 @@ MODEL: wire.Arrays = {
     "half": np.ones(3, np.float16),
     "n": np.array([7], np.int64),
 }
-REQUEST = Request("run-1.a_b", 3, '{"name": "x"}', MODEL)
+REQUEST = Request(Order("run-1.a_b", '{"name": "x"}'), 3, MODEL)
 ARRAYS = st.dictionaries(
     st.text(max_size=4),
     st.tuples(
@@ -39,7 +40,7 @@ def test_a_request_comes_back():
     back = wire.read_request(wire.request_record(REQUEST))
     assert back.model is not None and same(back.model, MODEL)
     assert dataclasses.replace(back, model=None) == dataclasses.replace(REQUEST, model=None)
-    assert wire.read_request(wire.request_record(Request("r", 0, "{}"))) == Request("r", 0, "{}")
+    assert wire.read_request(wire.request_record(Request(Order("r", "{}"), 0))) == Request(Order("r", "{}"), 0)
 
 
 @given(update=st.none() | ARRAYS, plan=st.sampled_from([None, PLAN]), histogram=st.booleans())
@@ -54,29 +55,28 @@ def test_any_reply_comes_back(update, plan, histogram):
 
 def test_views_and_foreign_memory_orders_arrive_as_values():
     odd = {"t": np.arange(6.0).reshape(2, 3).T, "s": np.arange(10.0)[::2], "f": np.asfortranarray(np.eye(3)[:2])}
-    back = wire.read_request(wire.request_record(Request("r", 1, "{}", odd)))
+    back = wire.read_request(wire.request_record(Request(Order("r", "{}"), 1, odd)))
     assert back.model is not None and all(np.array_equal(back.model[n], odd[n]) for n in odd)
     assert fingerprint(back.model) == fingerprint(odd)
 
 
 @pytest.mark.parametrize("run_id", ["../x", "a/b", "", "..", ".x", "a\n", "a\0b", "x" * 65, "a\\b", "é"])
 def test_a_run_id_that_could_be_a_path_is_refused(run_id):
-    with pytest.raises(WireError, match="plain name"):
-        wire.read_request(wire.request_record(Request(run_id, 1, "{}")))
+    with pytest.raises(WireError, match="order is not one"):
+        wire.read_request(wire.request_record(Request(Order(run_id, "{}"), 1)))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "word"),
     [
-        ("protocol", 2, "speaks protocol 2"),
+        ("protocol", 3, "speaks protocol 3"),
         ("protocol", "1", "not of type int"),
-        ("run_id", 7, "not of type str"),
         ("round", "3", "not of type int"),
         ("round", True, "not of type int"),
         ("round", 1.0, "not of type int"),
-        ("config", b"{}", "not of type str"),
+        ("order", b"{}", "not of type str"),
         ("code", "import os", "other fields"),
-        ("config", None, "other fields"),
+        ("order", None, "other fields"),
     ],
 )
 def test_a_request_with_other_fields_is_refused(field, value, word):

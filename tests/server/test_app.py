@@ -16,6 +16,7 @@ from fedscan_core import config, wire
 from fedscan_core.accounting import epsilon, epsilon_so_far, plan_for, replace_one
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FolderError, RunFailed
+from fedscan_core.order import Order
 from fedscan_core.wire import Reply
 from fedscan_server import checkpoint, evaluate, tracking
 from fedscan_server.app import Job, Progress, initial_model, make_app, run_rounds
@@ -76,7 +77,7 @@ def good_reply(site, kind, request):
 
 def go(folder, run, sites=None, **job):
     sites = sites or Sites()
-    run_rounds(sites.grid, Job(run, "demo-1", folder, **job))
+    run_rounds(sites.grid, Job(run, Order("demo-1", config.for_sites(run)), folder, **job))
     return load_file(folder / tracking.MODEL), tracking.read_summary(folder), tracking.read_rounds(folder)
 
 
@@ -96,7 +97,7 @@ def test_every_round_moves_the_model_by_the_mean_update_weighted_by_declared_siz
     start, trainable = initial_model(run)
     assert same(models[0], start) and trainable == set(start)
     for round_, (before, after) in enumerate(itertools.pairwise(models), start=1):
-        updates = [update_of(site, wire.Request("r", round_, "", before)) for site in range(3)]
+        updates = [update_of(site, wire.Request(Order("r", "{}"), round_, before)) for site in range(3)]
         for name in before:
             mean = sum(size / 210 * u[name].astype(np.float64) for size, u in zip(SIZES, updates, strict=True))
             np.testing.assert_allclose(after[name], before[name] + mean, rtol=1e-6, atol=1e-7)
@@ -225,7 +226,7 @@ def test_a_bad_answer_is_dropped_and_recorded_and_the_run_goes_on(tmp_path, bad,
     assert "Carla" not in json.dumps(rounds)
     assert all(np.isfinite(array).all() for array in final.values())
     _, before, after = models_sent(sites)
-    u0, u2 = (update_of(site, wire.Request("r", 2, "", before)) for site in (0, 2))
+    u0, u2 = (update_of(site, wire.Request(Order("r", "{}"), 2, before)) for site in (0, 2))
     for name in before:  # the mean of the other two, by their sizes
         mean = (120 * u0[name].astype(np.float64) + 30 * u2[name]) / 150
         np.testing.assert_allclose(after[name], before[name] + mean, rtol=1e-5, atol=1e-7)
@@ -307,7 +308,7 @@ def test_a_histogram_that_does_not_fit_is_left_out(tmp_path):
         return dataclasses.replace(good, histogram=bad[site]) if kind == "evaluate" and site in bad else good
 
     _, summary, _ = go(tmp_path, run_config(rounds=1, evaluation={"private": True}), Sites(answer))
-    good = good_reply(2, "evaluate", wire.Request("r", 0, config.for_sites(run_config()))).histogram
+    good = good_reply(2, "evaluate", wire.Request(Order("r", config.for_sites(run_config())), 0)).histogram
     assert good is not None
     assert summary["metrics"] == evaluate.private_metrics(run_config(), [good], [1.0])  # sigma is 1 in these runs
     assert summary["metrics"]["auroc_private"]["sites"] == 1
@@ -394,7 +395,8 @@ def test_a_site_whose_answer_is_lost_is_given_up(tmp_path, monkeypatch):
 
 def test_the_server_app_runs_the_job(tmp_path):
     seen: list[str] = []
-    job = Job(run_config(rounds=1), "demo-1", tmp_path, watch=lambda progress: seen.append(progress.phase))
-    make_app(job)(Sites().grid, Context(1, 1, {}, wire.request_record(wire.Request("r", 0, "")), {}))
+    run = run_config(rounds=1)
+    job = Job(run, Order("demo-1", config.for_sites(run)), tmp_path, watch=lambda progress: seen.append(progress.phase))
+    make_app(job)(Sites().grid, Context(1, 1, {}, wire.request_record(wire.Request(Order("r", "{}"), 0)), {}))
     assert (tmp_path / tracking.SUMMARY).exists()
     assert list(dict.fromkeys(seen)) == ["declare", "round", "evaluate", "done"]

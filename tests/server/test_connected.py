@@ -7,6 +7,7 @@ import pytest
 
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import RunFailed
+from fedscan_core.order import Order
 from fedscan_server import app
 from fedscan_server.app import Job
 
@@ -27,15 +28,15 @@ def connected(grid: Any, job: Job) -> list[int]:
 
 def test_it_waits_for_all_of_them(monkeypatch):
     monkeypatch.setattr(app, "POLL_SECONDS", 0.0)
-    assert connected(SlowGrid(), Job(RunConfig(), "r", Path(), sites=4)) == [0, 1, 2, 3]
+    assert connected(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=4)) == [0, 1, 2, 3]
 
 
 def test_it_goes_on_with_those_there_when_time_is_over():
-    assert connected(SlowGrid(), Job(RunConfig(), "r", Path(), sites=100, timeout=0.0)) == [0]
+    assert connected(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=100, timeout=0.0)) == [0]
 
 
 def test_it_can_be_stopped():
-    job = Job(RunConfig(), "r", Path(), sites=10**9)
+    job = Job(RunConfig(), Order("r", "{}"), Path(), sites=10**9)
     job.stop.set()
     with pytest.raises(RunFailed, match="stopped"):
         connected(SlowGrid(), job)

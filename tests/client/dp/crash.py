@@ -26,6 +26,7 @@ import torch
 from fedscan_client import app, cohort, evaluate, site, train
 from fedscan_client.dp import ledger, ledger_file, noise
 from fedscan_core import auditlog, config, wire
+from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
@@ -77,7 +78,7 @@ class Asker:
         model = None if kind == "query" else self.model
         with keys_noted(seen, run_id, round_):
             try:
-                reply = handle(here, Request(run_id, round_, self.config, model))
+                reply = handle(here, Request(Order(run_id, self.config), round_, model))
             except Exception as error:  # as `app._answer` does
                 note(seen, {"error": f"{type(error).__name__}: {error}", "run": run_id, "round": round_})
                 return "failed"

@@ -15,13 +15,13 @@ from pydicom.valuerep import DSfloat
 
 from fedscan.phantom import draw_hospital
 from fedscan_client import consent, keys
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache, deid, ingest
 from fedscan_client.intake.cache import Entry
 from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.report import Report
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Intake, Site
+from fedscan_core.policy import Policy
 
 TODAY = date(2026, 1, 15)
 CR = UID("1.2.840.10008.5.1.4.1.1.1")

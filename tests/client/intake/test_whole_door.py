@@ -11,11 +11,12 @@ from flwr.app import Message
 from fedscan.grid import InlineGrid
 from fedscan_client import cohort, key_rotation, keys
 from fedscan_client.app import make_app
-from fedscan_client.gate.policy import Policy
 from fedscan_client.intake import cache, objects, quarantine
 from fedscan_client.intake.sources import spool
 from fedscan_client.intake.sources.settings import Folder, parse
 from fedscan_core import config, wire
+from fedscan_core.order import Order
+from fedscan_core.policy import Policy
 from fedscan_core.wire import Request
 from fedscan_models import registry
 
@@ -47,7 +48,7 @@ def test_real_series_become_a_cohort_that_trains(door, make_run, tmp_path):
     grid = InlineGrid(make_app(lambda context: site), 1)
     (node,) = grid.get_node_ids()
     for kind, round_, weights in (("query", 0, None), ("train", 1, model)):
-        record = wire.request_record(Request("demo", round_, config.for_sites(run), weights))
+        record = wire.request_record(Request(Order("demo", config.for_sites(run)), round_, weights))
         (reply,) = grid.send_and_receive([Message(record, node, kind)])
         answer = wire.read_reply(reply.content)
         assert answer.status == "ok", answer

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from fedscan_client.gate.policy import Policy, refusal
 from fedscan_core.accounting import SitePlan
+from fedscan_core.policy import Policy, refusal
 
 POLICY = Policy(max_epsilon=5.0, max_delta=1e-5, min_noise_multiplier=0.5)
 PLAN = SitePlan(100, 1e-5, 5.0, 0.1, 0.5, 30, 0.0)  # at every limit: still allowed
