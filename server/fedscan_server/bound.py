@@ -13,15 +13,14 @@ over d entries. Three facts bound it; each of the last two fails with probabilit
 - A Gaussian vector of d entries is at most sigma C (sqrt(d) + sqrt(2X)) long (Laurent and Massart 2000, lemma 1:
   chi^2_d <= d + 2 sqrt(dX) + 2X).
 
-N is the site's true cohort, which the server must not know. It is taken to be at most COHORT times the declared size: a
-site with more patients than that is to declare a larger cohort, or some of its updates may be dropped.
+N is the site's true cohort, which the server must not know. It is taken to be at most COHORT times the declared size:
+a site with more patients than that is to declare a larger cohort, or some of its updates may be dropped.
 
-From |g| <= G the optimizers of `fedscan_client.train` follow step by step, a = |w_0| being the length of what is
-trained:
+From |g| <= G the optimizers of `fedscan_client.train` follow step by step; a = |w_0|, the length of what is trained:
 
 - SGD: |v| <= momentum |v| + G + decay (a + D) + mu D, D <- D + rate |v|, mu FedProx's pull towards w_0.
 - Adam (AdamW): an entry moves by rate * |m^| / sqrt(v^), which is at most rate R_t whatever the gradients are: by Cauchy
-  and Schwarz |m_t| <= (1-b1) sqrt(sum of (b1^2/b2)^j) sqrt(sum of b2^(t-i) g_i^2), so
+- Adam (AdamW): an entry moves by rate * |m^| / sqrt(v^), at most rate R_t whatever the gradients are: by Cauchy
   R_t = (1-b1) / (1-b1^t) * sqrt((1-b2^t) / (1-b2) * sum_{j<t} (b1^2/b2)^j). The decay adds rate * decay * (a + D).
 
 Rounding to float32 moves each entry of the weights by 2^-24 of itself a few times a step; SLACK covers it. Everything

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedscan_core import wire
-from fedscan_core.errors import FedscanError, FolderError
+from fedscan_core.errors import FolderError
 from fedscan_core.wire import Arrays
 from fedscan_server.tracking import PLAIN, Disk
 
@@ -56,7 +56,7 @@ def latest(run_folder: Path, config_sha256: str, disk: Disk = PLAIN) -> Checkpoi
     for path in found:
         try:
             arrays, about = _open(disk.read(path))
-        except (SafetensorError, OSError, ValueError, KeyError, FedscanError):
+        except (SafetensorError, OSError, ValueError, KeyError, FolderError):
             continue  # a damaged newest one: the one before it is whole
         if about["config_sha256"] != config_sha256:
             raise FolderError(

@@ -11,12 +11,14 @@ A deployed run has three more: state.json (where it stands), progress.jsonl (wha
 for a while `stop`, which somebody else made to end the run.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -83,6 +85,23 @@ def create(folder: Path) -> None:
         )
     if not os.access(folder, os.W_OK):
         raise FolderError(f"{folder} cannot be written.", remedy="Check its permissions, or give another --out.")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process works on a run folder; the lock dies with the process.
+
+    Raises:
+        FolderError: another one does.
+    """
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(
+                f"Another process is working on {folder}.", remedy="Wait for it, or stop it first."
+            ) from None
+        yield
 
 
 def add_round(folder: Path, record: dict[str, Any]) -> None:
