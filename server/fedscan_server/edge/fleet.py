@@ -4,10 +4,7 @@ What goes on is made anew: the path is one of ours, the headers are those that F
 as declared. Nothing of a stranger's request reaches the SuperLink, not even its length.
 """
 
-from collections.abc import AsyncIterator
-
 import httpx
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -64,17 +61,15 @@ async def forward(edge: Edge, request: Request) -> Response:
     headers = {name: value for name in _HEADERS if (value := who.one(request, name))}
     length = limits.declared_length(request, PATHS[path])
     headers |= {"content-length": str(length), "accept-encoding": "identity"}
-    with edge.fleet_busy(site.name):
-        sent = edge.link.build_request(
-            "POST", path, headers=headers, content=limits.pieces(request, length, _SECONDS)
-        )
-        answer = await _send(edge.link, sent)
+    request.state.until_answered.enter_context(edge.fleet_busy(site.name))
+    sent = edge.link.build_request("POST", path, headers=headers, content=limits.pieces(request, length, _SECONDS))
+    answer = await _send(edge.link, sent)
+    request.state.until_answered.push_async_callback(answer.aclose)
     await edge.seen(site.name)
     if answer.status_code >= 500:  # its text is for the operator
-        await answer.aclose()
         raise Refused(answer.status_code, "The SuperLink failed.", "The coordinator's logs say more.")
     back = {name: answer.headers[name] for name in _BACK if name in answer.headers}
-    return StreamingResponse(_read(answer), answer.status_code, back, background=BackgroundTask(answer.aclose))
+    return StreamingResponse(answer.aiter_raw(), answer.status_code, back)
 
 
 async def _send(link: httpx.AsyncClient, request: httpx.Request) -> httpx.Response:
@@ -84,14 +79,6 @@ async def _send(link: httpx.AsyncClient, request: httpx.Request) -> httpx.Respon
         raise Refused(504, "The SuperLink does not answer.", "Try again.") from None
     except httpx.TransportError:
         raise Refused(502, "The SuperLink cannot be reached.", "Try again.") from None
-
-
-async def _read(answer: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for piece in answer.aiter_raw():
-            yield piece
-    finally:
-        await answer.aclose()
 
 
 def client(port: int) -> httpx.AsyncClient:

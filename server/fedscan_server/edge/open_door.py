@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from fedscan_core import policy, wire
 from fedscan_core.errors import ConfigError
-from fedscan_server.coordinator import people, sites
+from fedscan_server.coordinator import people, registry, sites
 from fedscan_server.coordinator.state import Coordinator
-from fedscan_server.edge import limits, registration, who
+from fedscan_server.edge import limits, registration
 from fedscan_server.edge.context import Edge
 from fedscan_server.edge.json_body import fields
 from fedscan_server.edge.refused import Refused
@@ -42,10 +42,13 @@ async def enrol(edge: Edge, request: Request) -> Response:
     key = _node_key(asked["public_key"])
     checked_policy(asked["site"], asked["policy"])
     try:
+        await run_in_threadpool(_invites, edge.coordinator, asked["token"], asked["site"])
         site = await run_in_threadpool(sites.redeem, edge.coordinator, asked["token"], key, asked["policy"])
     except ConfigError:  # one text for unknown, used and expired: a stranger learns nothing
         edge.failures.note("invitation", address)
-        raise Refused(403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one.") from None
+        raise Refused(
+            403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one."
+        ) from None
     request.state.who = site.name
     edge.forget_roster()
     node_id = await registration.register(edge, site)
@@ -63,7 +66,9 @@ async def login(edge: Edge, request: Request) -> Response:
         person, token = await run_in_threadpool(people.redeem, edge.coordinator, asked["token"], key)
     except ConfigError:
         edge.failures.note("invitation", address)
-        raise Refused(403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one.") from None
+        raise Refused(
+            403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one."
+        ) from None
     request.state.who = person.name
     told = {"name": person.name, "role": person.role, "token": token, "coordinator": edge.coordinator.name}
     return JSONResponse(told, headers={"cache-control": "no-store"})
@@ -71,7 +76,7 @@ async def login(edge: Edge, request: Request) -> Response:
 
 def launchers(coordinator: Coordinator) -> dict[str, str]:
     """The people who may launch here, with their public keys."""
-    return {each.name: each.public_key for each in people.every(coordinator) if who.allowed(each, "researcher")}
+    return {each.name: each.public_key for each in people.every(coordinator) if each.may("researcher")}
 
 
 def checked_policy(site: str, tree: dict[str, object]) -> None:
@@ -82,6 +87,13 @@ def checked_policy(site: str, tree: dict[str, object]) -> None:
         raise Refused(400, error.message, error.remedy) from None
     if tree.get("site", site) != site:
         raise Refused(400, "The policy is another site's.")
+
+
+def _invites(coordinator: Coordinator, token: str, site: str) -> None:
+    """Raises ConfigError unless the token invites this very site: a mixed-up file must not enrol another name."""
+    with registry.open_(coordinator) as db:
+        if registry.invitation(db, "site", token)["name"] != site:
+            raise registry.refused()
 
 
 def _node_key(text: str) -> str:

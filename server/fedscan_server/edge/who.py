@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from fedscan_core import node_key
 from fedscan_server.coordinator import people
-from fedscan_server.coordinator.people import Person
+from fedscan_server.coordinator.people import Person, Role
 from fedscan_server.coordinator.sites import Enrolled
 from fedscan_server.edge.context import Edge
 from fedscan_server.edge.refused import Refused
@@ -24,7 +24,6 @@ from fedscan_server.edge.refused import Refused
 NODE_KEY, NODE_TIME, NODE_SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 _EARLIEST, _LATEST = timedelta(seconds=-305), timedelta(seconds=5)
 _LONGEST_HEADER = 1024
-_RANKS = {"viewer": 0, "researcher": 1, "operator": 2}
 _WINDOW = timedelta(seconds=node_key.WINDOW_SECONDS)
 
 
@@ -66,9 +65,7 @@ async def site(edge: Edge, request: Request, body: bytes) -> Enrolled:
     if (
         found is None
         or claimed is None  # the signature is looked at first and the time after: strangers learn nothing
-        or not node_key.verify_request(
-            found.public_key, name, time, signature, request.method, path, body, claimed
-        )
+        or not node_key.verify_request(found.public_key, name, time, signature, request.method, path, body, claimed)
     ):
         edge.failures.note("site", address)
         raise Refused(401, "The request is not signed by an enrolled site.", "fedscan agent enrol INVITE")
@@ -81,7 +78,7 @@ async def site(edge: Edge, request: Request, body: bytes) -> Enrolled:
     return found
 
 
-async def person(edge: Edge, request: Request, role: str) -> Person:
+async def person(edge: Edge, request: Request, role: Role) -> Person:
     """The person whose token this is, if the role is theirs or below theirs.
 
     Raises:
@@ -95,14 +92,9 @@ async def person(edge: Edge, request: Request, role: str) -> Person:
     if found is None:
         edge.failures.note("people", address)
         raise Refused(401, "This token is not known here.", "fedscan login INVITE")
-    if not allowed(found, role):
+    if not found.may(role):
         raise Refused(403, f"{found.name} is a {found.role}; this takes a {role}.", "Ask the coordinator's operator.")
     return found
-
-
-def allowed(person: Person, role: str) -> bool:
-    """Whether the person's role is `role` or above; an unknown role is below all."""
-    return _RANKS.get(person.role, -1) >= _RANKS[role]
 
 
 def one(request: Request, name: str) -> str:
