@@ -20,10 +20,10 @@ _TIMEOUT = 30.0  # seconds; Flower's own
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Flower's word on a run: `status` is pending, starting, running, finished, or unknown (Flower has no
-    such run).
+    """Flower's word on a run.
 
-    `sub_status`, once finished: completed, failed or stopped. `details` is Flower's text, for the coordinator's log only.
+    `status` is pending, starting, running, finished, or unknown: Flower has no such run. `sub_status`, once finished:
+    completed, failed or stopped. `details` is Flower's text, for the coordinator's own eyes.
     """
 
     status: str
@@ -46,7 +46,7 @@ def start_run(c: Coordinator, run_id: str) -> int:
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
-    import fedscan_core.bundle as bundle
+    from fedscan_core import bundle
 
     fab = fab_to_proto(Fab(bundle.SHA256, bundle.CONTENT, {}))
     config = user_config_to_proto({CONFIG_KEY: run_id})

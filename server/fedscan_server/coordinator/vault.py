@@ -7,6 +7,7 @@ or another run does not open. An older copy of the same file does: rolling back 
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -97,17 +98,17 @@ def new_key(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def is_key_set() -> bool:
-    """Whether a usable key is set.
+def is_key_set(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a usable key is set in this environment.
 
     Raises:
         ConfigError: something is set that is none.
     """
-    return _key() is not None
+    return _key(environment) is not None
 
 
-def _key() -> bytes | None:
-    text, file = os.environ.get(KEY, ""), os.environ.get(KEY_FILE, "")
+def _key(environment: Mapping[str, str] = os.environ) -> bytes | None:
+    text, file = environment.get(KEY, ""), environment.get(KEY_FILE, "")
     source = KEY
     if file and not text:
         source = file
