@@ -46,9 +46,7 @@ async def enrol(edge: Edge, request: Request) -> Response:
         site = await run_in_threadpool(sites.redeem, edge.coordinator, asked["token"], key, asked["policy"])
     except ConfigError:  # one text for unknown, used and expired: a stranger learns nothing
         edge.failures.note("invitation", address)
-        raise Refused(
-            403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one."
-        ) from None
+        raise _not_invited() from None
     request.state.who = site.name
     edge.forget_roster()
     node_id = await registration.register(edge, site)
@@ -66,9 +64,7 @@ async def login(edge: Edge, request: Request) -> Response:
         person, token = await run_in_threadpool(people.redeem, edge.coordinator, asked["token"], key)
     except ConfigError:
         edge.failures.note("invitation", address)
-        raise Refused(
-            403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one."
-        ) from None
+        raise _not_invited() from None
     request.state.who = person.name
     told = {"name": person.name, "role": person.role, "token": token, "coordinator": edge.coordinator.name}
     return JSONResponse(told, headers={"cache-control": "no-store"})
@@ -87,6 +83,10 @@ def checked_policy(site: str, tree: dict[str, object]) -> None:
         raise Refused(400, error.message, error.remedy) from None
     if tree.get("site", site) != site:
         raise Refused(400, "The policy is another site's.")
+
+
+def _not_invited() -> Refused:
+    return Refused(403, "The invitation is not valid, or not any more.", "Ask the coordinator for a new one.")
 
 
 def _invites(coordinator: Coordinator, token: str, site: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-import json
+import contextlib
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -148,10 +148,8 @@ async def _start(edge: Edge, path: Path) -> None:
         launch = await run_in_threadpool(runs.read_launch, path)
         state = (await run_in_threadpool(tracking.read_state, path))["state"]
         if state == "waiting" and not launch.started:
-            try:
+            with contextlib.suppress(ConfigError):  # Flower is away: the run waits
                 await run_in_threadpool(runs.start, edge.coordinator, path)
-            except ConfigError:
-                pass  # Flower is away: the run waits
 
 
 def _rows(edge: Edge) -> list[dict[str, Any]]:

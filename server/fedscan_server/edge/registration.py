@@ -1,4 +1,4 @@
-"""Telling Flower which keys may come: at enrolment, and again by the watchdog where Flower was away."""
+"""Telling Flower which keys may come. Where it is away, the SuperLink's own look-after does it (`control.reconcile`)."""
 
 from starlette.concurrency import run_in_threadpool
 
@@ -9,7 +9,7 @@ from fedscan_server.edge.context import Edge
 
 
 async def register(edge: Edge, site: Enrolled) -> int | None:
-    """The site's node id at Flower; None while Flower is away (the watchdog tries again)."""
+    """The site's node id at Flower; None while Flower is away."""
     if site.node_id:
         return site.node_id
     try:

@@ -38,8 +38,11 @@ _RUN_ID = r"{name}-[0-9a-f]{{12}}"  # order.new_run_id
 
 @dataclass(frozen=True)
 class Launch:
-    """What the edge keeps of a run. `flower`: Flower's run ids, the last one is current; `rounds`: those there were
-    at the last restart; `restarts`: how often it was restarted since without a new round; times are UTC, ISO 8601."""
+    """What the edge keeps of a run.
+
+    `flower`: Flower's run ids, the last one is current; `started`: when, "" = not since it was launched or resumed;
+    `rounds`: those there were at the last restart; `restarts`: those since without a new round. Times are UTC.
+    """
 
     launcher: str
     submitted: str

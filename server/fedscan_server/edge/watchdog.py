@@ -1,4 +1,4 @@
-"""What nobody asks for: runs that Flower lost go on, runs that are to stop do stop, keys and who is online stay true."""
+"""What nobody asks for: runs that Flower lost go on, runs that are to stop do stop, who is online stays true."""
 
 import asyncio
 import dataclasses
@@ -41,7 +41,6 @@ async def look(edge: Edge) -> None:
     Raises:
         FedscanError: the SuperLink does not answer.
     """
-    await run_in_threadpool(control.reconcile, edge.coordinator)
     edge.online = frozenset(await run_in_threadpool(control.online_nodes, edge.coordinator))
     for path in await run_in_threadpool(runs.every, edge.coordinator):
         try:
