@@ -1,4 +1,4 @@
-"""Telling Flower which keys may come. Where it is away, the SuperLink's own look-after does it (`control.reconcile`)."""
+"""Telling Flower which keys may come. Where it is away, the SuperLink's process does it later (`control.reconcile`)."""
 
 from starlette.concurrency import run_in_threadpool
 

@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ends the server; uvicorn itself would raise the signal again, and the process would die before its clean-up."""
+        """Ends the server; uvicorn would raise the signal again, and the process would die before its clean-up."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
