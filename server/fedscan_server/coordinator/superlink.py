@@ -193,7 +193,9 @@ def main(folder: Path) -> None:
     import uvicorn
     from flwr.supercore.http_logging import get_uvicorn_log_config
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    ours = logging.StreamHandler()
+    ours.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("fedscan").addHandler(ours)  # not the root logger: Flower's debug lines would follow
     stop = threading.Event()
     threading.Thread(target=look_after, args=(c, stop), daemon=True).start()
     server = uvicorn.Server(
