@@ -61,8 +61,11 @@ def load(site_folder: Path) -> Connection:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         ca = site_folder / str(tree["ca"]) if tree["ca"] else None
         read = Connection(tree["address"], tree["coordinator"], ca, tree["site"], tree["enrolled"])
-        sound = all(isinstance(tree[name], str) for name in ("coordinator", "enrolled"))
-        sound = sound and re.fullmatch(_ADDRESS, read.address) and re.fullmatch(NAME_PATTERN, read.site)
+        sound = bool(
+            all(isinstance(tree[name], str) for name in ("coordinator", "enrolled"))
+            and re.fullmatch(_ADDRESS, read.address)
+            and re.fullmatch(NAME_PATTERN, read.site)
+        )
     except FileNotFoundError:
         raise ConfigError(
             f"{site_folder} is not enrolled: it holds no {FILE}.", remedy="fedscan agent enrol INVITE.toml SITE_DIR"

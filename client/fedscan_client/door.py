@@ -109,9 +109,9 @@ def retire(site_folder: Path) -> None:
 
 def proxy_of(connection: Connection) -> str:
     """The proxy of the environment that requests go through, without user and password; "" for none."""
-    if urllib.request.proxy_bypass_environment(connection.host):
+    if urllib.request.proxy_bypass(connection.host):
         return ""
-    found = urllib.request.getproxies_environment()
+    found = urllib.request.getproxies()
     text = found.get("https") or found.get("all") or ""
     parts = urlsplit(text if "://" in text else f"http://{text}")
     with contextlib.suppress(ValueError):
