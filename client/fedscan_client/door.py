@@ -10,7 +10,7 @@ import json
 import ssl
 import urllib.request
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -50,6 +50,8 @@ class DoorError(WireError):
 
 def hello(connection: Connection) -> dict[str, Any]:
     """Who is there: coordinator, version, flower, protocol, utc (ISO 8601). Anybody may ask.
+
+    `certificate_until` is not told by the coordinator: it is the last moment of the certificate that it showed.
 
     Raises:
         DoorError: not reached, not trusted, or not a coordinator of ours.
@@ -149,7 +151,7 @@ def _send(connection: Connection, method: str, path: str, data: bytes, headers: 
                 headers={"content-type": "application/json", **headers},
             ) as response,
         ):
-            content = _read(connection, response)
+            content, until = _read(connection, response), _until(response)
     except httpx.TimeoutException:
         raise _unreachable(connection, f"did not answer within {TIMEOUT_SECONDS:g} seconds") from None
     except httpx.ProxyError as error:
@@ -162,7 +164,7 @@ def _send(connection: Connection, method: str, path: str, data: bytes, headers: 
             remedy="Its form is http://HOST:PORT.",
             kind="proxy",
         ) from None
-    return _told(connection, response, content)
+    return {**_told(connection, response, content), "certificate_until": until}
 
 
 def _trusted(connection: Connection) -> ssl.SSLContext | bool:
@@ -187,6 +189,16 @@ def _read(connection: Connection, response: httpx.Response) -> bytes:
     return content
 
 
+def _until(response: httpx.Response) -> str:
+    """ISO 8601; "" where it cannot be had."""
+    channel = response.extensions.get("network_stream")
+    tls = channel.get_extra_info("ssl_object") if channel is not None else None
+    shown = (tls.getpeercert() or {}) if tls is not None else {}
+    if "notAfter" not in shown:
+        return ""
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(shown["notAfter"]), UTC).isoformat()
+
+
 def _told(connection: Connection, response: httpx.Response, content: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(content)
@@ -199,7 +211,7 @@ def _told(connection: Connection, response: httpx.Response, content: bytes) -> d
     says, status, utc = tree.get("error"), response.status_code, tree.get("utc")
     if not isinstance(says, str):
         raise _strange(connection, status)
-    if isinstance(utc, str) and _is_time(utc):
+    if isinstance(utc, str) and _is_off(utc):
         raise DoorError(
             f"{connection.coordinator} refused the request's time: there it is {utc}.",
             remedy="Set this machine's clock (NTP): timedatectl set-ntp true",
@@ -216,11 +228,13 @@ def _told(connection: Connection, response: httpx.Response, content: bytes) -> d
     )
 
 
-def _is_time(text: str) -> bool:
+def _is_off(utc: str) -> bool:
+    """Whether the coordinator's clock and ours are so far apart that a signed request is refused for it."""
     try:
-        return datetime.fromisoformat(text).tzinfo is not None
-    except ValueError:
+        drift = datetime.now(UTC) - datetime.fromisoformat(utc)
+    except (ValueError, TypeError):  # no time, or one without a zone
         return False
+    return abs(drift.total_seconds()) > node_key.WINDOW_SECONDS - 2 * TIMEOUT_SECONDS
 
 
 def _with(tree: dict[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
