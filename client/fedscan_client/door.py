@@ -160,7 +160,7 @@ def _send(connection: Connection, method: str, path: str, data: bytes, headers: 
         raise _not_reached(connection, error) from None
     except (httpx.InvalidURL, ValueError) as error:  # of HTTPS_PROXY: the address itself has been checked
         raise DoorError(
-            f"HTTPS_PROXY is not usable: {_short(str(error))}.",
+            f"HTTPS_PROXY is not usable: {short(str(error))}.",
             remedy="Its form is http://HOST:PORT.",
             kind="proxy",
         ) from None
@@ -221,8 +221,8 @@ def _told(connection: Connection, response: httpx.Response, content: bytes) -> d
         )
     remedy = tree.get("remedy")
     raise DoorError(
-        f"{connection.coordinator} says: {_short(says)}",
-        remedy=_short(remedy) if isinstance(remedy, str) else "",
+        f"{connection.coordinator} says: {short(says)}",
+        remedy=short(remedy) if isinstance(remedy, str) else "",
         kind="refused",
         status=status,
     )
@@ -247,7 +247,7 @@ def _with(tree: dict[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
     return tree
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """What somebody else sent, fit for a terminal: one line, printable, bounded."""
     kept = "".join(letter if letter.isprintable() else " " for letter in text)
     return kept if len(kept) <= _LONGEST else kept[:_LONGEST] + "..."
@@ -325,7 +325,7 @@ def _unreachable(connection: Connection, what: str) -> DoorError:
 def _proxy_said_no(connection: Connection, says: str) -> DoorError:
     return DoorError(
         f"The proxy {proxy_of(connection)} lets nothing through to {connection.host} port {connection.port}: "
-        f"{_short(says)}.",
+        f"{short(says)}.",
         remedy="407: put user and password into HTTPS_PROXY (http://USER:PASSWORD@HOST:PORT). Else have CONNECT to "
         "this host and port allowed.",
         kind="proxy",

@@ -11,17 +11,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedscan_client import budget, door, keys, site, site_template
 from fedscan_client import connection as connections
-from fedscan_client import door, keys, site, site_template
 from fedscan_client.audit import log
 from fedscan_client.connection import Connection
-from fedscan_client.dp import ledger
 from fedscan_client.site import Site
 from fedscan_core import invite as invites
-from fedscan_core import node_key, policy
+from fedscan_core import node_key
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 from fedscan_core.files import write_atomic
 from fedscan_core.invite import Invite
+
+RETIRED = "retired"  # file in the site's folder: the day on which it was retired
 
 
 @dataclass(frozen=True)
@@ -81,25 +82,9 @@ def enrol(invitation: Path, folder: Path | None = None) -> Enrolled:
     if enrolled != connection:
         connections.save(folder, enrolled)
         told = {"address": enrolled.address, "coordinator": enrolled.coordinator}
-        log.append(folder, "key", what="enrolled", fingerprint=known["fingerprint"], **told)
+        log.append(folder, "enrol", fingerprint=known["fingerprint"], **told)
+        budget.note_policy(here)
     return Enrolled(here, enrolled, invite.ca_fingerprint, tuple(made), known, launchers)
-
-
-def public_policy(here: Site) -> dict[str, Any]:
-    """What the site publishes of itself (`policy.public`), with what its ledger would still admit.
-
-    Raises:
-        RecordDamaged: the ledger was changed, is gone, or is an older copy.
-    """
-    budget = (here.policy.max_epsilon, here.policy.max_delta)
-    left = budget
-    if here.ledger.exists() or here.book.counter.exists():
-        held = ledger.summary(here.book)["reserved"]
-        if here.policy.gate == "sum":
-            left = (max(0.0, budget[0] - held["epsilon"]), max(0.0, budget[1] - held["delta"]))
-        elif held["share"] >= 1:  # at a fixed order what is left is no epsilon: all or nothing is said
-            left = (0.0, 0.0)
-    return policy.public(here.policy, here.name, here.patients_declared, left)
 
 
 def _same_place(folder: Path, invite: Invite) -> None:
@@ -114,9 +99,6 @@ def _same_place(folder: Path, invite: Invite) -> None:
             f"{folder} is enrolled as '{there.site}' with {there.coordinator} ({there.address}).",
             remedy="Another federation needs a folder of its own.",
         )
-
-
-RETIRED = "retired"  # file: the day on which the site was retired
 
 
 def _make_folder(folder: Path) -> None:
@@ -173,7 +155,7 @@ def _register(here: Site, connection: Connection, invite: Invite) -> tuple[dict[
     except door.DoorError as error:
         if error.status not in (401, 403, 404) or error.kind != "refused":
             raise
-        told = door.enrol(connection, invite.token, here.name, public, public_policy(here))
+        told = door.enrol(connection, invite.token, here.name, public, budget.public_policy(here))
         launchers = {str(name): str(key) for name, key in told["launchers"].items()}
         return {**door.about(here.folder), "coordinator": theirs}, launchers
     if known["fingerprint"] != node_key.fingerprint(public):

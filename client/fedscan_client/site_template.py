@@ -1,4 +1,4 @@
-"""The site.toml that `fedscan agent enrol` writes: every section, a word on each, and defaults that let nothing through.
+"""The site.toml that `fedscan agent enrol` writes: every section, and defaults that let nothing through.
 
 Until a person has filled in what is marked, no patient is read and every run is refused: `fedscan agent check` says
 what is missing. `client/deploy/site.toml` is the same text for a site called "north".
@@ -9,7 +9,7 @@ _TEXT = """\
 # FILL IN: what only the hospital knows; `fedscan agent check` says what is missing. More on each section: client/docs/.
 
 name = "NAME"                   # as the coordinator invited it
-patients_declared = 0           # FILL IN: how many patients will train. Typed by a person, public, for the ledger's life
+patients_declared = 0           # FILL IN: how many patients will train; public, and the same for the ledger's life
 
 # ---- where images come from: a folder; or "dicomweb", "dimse-get", "dimse-move", "dimse-store" (docs/sources.md)
 [source]

@@ -47,7 +47,13 @@ class Fake:
         """Writes INVITE.toml for north."""
         expires = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
         mark = invite.ca_fingerprint(self.ca_pem)
-        given = {"kind": "site", "name": "north", "address": self.address, "coordinator": "centre", "token": "once"}
+        given: dict[str, Any] = {
+            "kind": "site",
+            "name": "north",
+            "address": self.address,
+            "coordinator": "centre",
+            "token": "once",
+        }
         given |= {"expires": expires, "ca": self.ca_pem, "ca_fingerprint": mark, **changes}
         invite.write(path, Invite(**given))
         return path
@@ -123,7 +129,7 @@ def coordinator(folder: Path, *, days: float = 30, host: str = "127.0.0.1") -> I
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PUT = _any  # noqa: N815
+        do_GET = do_POST = do_PUT = _any
 
         def log_message(self, *args: Any) -> None:
             pass
