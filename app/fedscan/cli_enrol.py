@@ -1,6 +1,7 @@
 """`fedscan agent enrol`, `check`, `retire`: a hospital joins a federation, looks whether all is well, and leaves."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -126,10 +127,15 @@ def _check(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     found: list[Finding] = []
-    for one in checklist.findings(arguments.site):
-        found.append(one)
+    with contextlib.ExitStack() as waiting:
         if not arguments.json:
-            _show(one, console)
+            console.print(f"fedscan agent check {arguments.site.absolute()}   {_here()}", soft_wrap=True)
+            if console.is_terminal:
+                waiting.enter_context(console.status("checking"))  # loading PyTorch takes seconds
+        for one in checklist.findings(arguments.site):
+            found.append(one)
+            if not arguments.json:
+                _show(one, console)
     failed = sum(one.state == "fail" for one in found)
     if arguments.json:
         told = {"site": str(arguments.site), "ok": not failed, "findings": [dataclasses.asdict(one) for one in found]}
@@ -137,6 +143,16 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         _sum_up(found, failed, arguments.site, console)
     return int(failed > 0)
+
+
+def _here() -> str:
+    """When, where and which version: what whoever reads a ticket asks first."""
+    import socket
+    from datetime import UTC, datetime
+
+    from fedscan_client.check.network import own_version
+
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {socket.gethostname()}, fedscan {own_version()}"
 
 
 def _show(one: "Finding", console: "Console") -> None:
@@ -174,7 +190,7 @@ def _retire(arguments: argparse.Namespace) -> int:
             print(f"  keep     {path}")
     else:
         todo = retire.retire(arguments.site, arguments.out)
-        print(f"The site is retired: {len(todo.destroyed)} files and folders were destroyed.")
+        print(f"The site is retired: {len(todo.destroyed)} files and folders were destroyed now.")
         print(f"Its ledger and audit log are in {todo.export} (SHA-256 {todo.sha256}).")
         if todo.not_told:
             print(f"The coordinator could not be told: {todo.not_told}")

@@ -160,7 +160,10 @@ def _register(here: Site, connection: Connection, invite: Invite) -> tuple[dict[
         return {**door.about(here.folder), "coordinator": theirs}, launchers
     if known["fingerprint"] != node_key.fingerprint(public):
         raise ConfigError("The coordinator knows this site under another key.", remedy="Ask it for a new invitation.")
-    return {**known, "coordinator": theirs}, {}
+    mine = budget.public_policy(here)
+    if known["policy"] != mine:  # site.toml was filled in since
+        door.publish_policy(here.folder, mine)
+    return {**known, "policy": mine, "coordinator": theirs}, {}
 
 
 def _now() -> str:

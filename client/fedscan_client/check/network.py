@@ -92,7 +92,7 @@ def _clock(theirs: str, started: datetime, ended: datetime) -> Finding:
         return fail("clock", "The coordinator does not say what time it is.", "Install the same fedscan version.")
     unsure = (ended - started).total_seconds() / 2
     words = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's (+-{unsure:.1f} s)"
-    if ahead > AHEAD_FAILS or ahead < -BEHIND_FAILS:
+    if ahead - unsure > AHEAD_FAILS or ahead + unsure < -BEHIND_FAILS:
         return fail("clock", f"This machine's clock is {words}; Flower refuses more than 5 s ahead.", _SET_CLOCK)
     if ahead > AHEAD_WARNS or ahead < -BEHIND_WARNS:
         return warn("clock", f"This machine's clock is {words}; Flower refuses more than 5 s ahead.", _SET_CLOCK)
@@ -139,12 +139,12 @@ def _published(folder: Path, there: dict[str, Any]) -> Iterator[Finding]:
         yield warn(
             "published policy",
             "The coordinator still shows an older policy of this site to researchers.",
-            f"It is sent when the agent starts, and every hour: fedscan agent start {folder}",
+            "It is sent when the agent starts and every hour, or now, by typing fedscan agent enrol once more.",
         )
 
 
 def _versions(told: dict[str, Any]) -> Iterator[Finding]:
-    flower, own = version("flwr"), _own_version()
+    flower, own = version("flwr"), own_version()
     both = f"fedscan {own}, Flower {flower}, protocol {wire.PROTOCOL}"
     theirs = f"fedscan {door.short(told['version'])}, Flower {door.short(told['flower'])}, protocol {told['protocol']}"
     if told["protocol"] != wire.PROTOCOL or told["flower"] != flower:
@@ -159,7 +159,8 @@ def _versions(told: dict[str, Any]) -> Iterator[Finding]:
         yield ok("versions", f"{both}, as at the coordinator")
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Of this package."""
     try:
         return version("fedscan")
     except PackageNotFoundError:
