@@ -30,6 +30,7 @@ from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import histograms, registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
+RETIRED = "retired"  # file in that folder: the site has left for good
 
 OpenSite = Callable[[Context], Site]
 
@@ -185,6 +186,8 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     """
     if stale := order.fault(request.order):
         raise Refused(stale)
+    if (here.folder / RETIRED).exists():
+        raise Refused("this site has left the federation")
     run = config.from_server(request.config)
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan, request.order)

@@ -110,7 +110,8 @@ def raise_(here: Site, epsilon: float | None, delta: float | None, *, by: str, w
 
     Args:
         here: the site.
-        epsilon, delta: the whole new budget; None leaves one as it is.
+        epsilon: the whole new budget; None leaves it as it is.
+        delta: as epsilon.
         by: who decides.
         why: for the audit log.
 

@@ -90,7 +90,7 @@ def several(text: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """ "A. Meier" and "a meier" are one person."""
+    """What is compared: A. Meier and A.Meier are one person."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 

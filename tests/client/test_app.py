@@ -1,5 +1,6 @@
 """The app as the server meets it, through Flower's messages: what it answers, what it charges, what it never says."""
 
+import dataclasses
 import json
 import shutil
 
@@ -274,7 +275,7 @@ def test_a_damaged_ledger_stops_everything_and_says_nothing(here, run, kind):
 
 
 def test_another_lifetime_budget_is_not_taken(here, run):
-    rich = here.model_copy(update={"policy": type(here.policy)(1000.0, 1e-3, research_cohort=True)})
+    rich = here.model_copy(update={"policy": dataclasses.replace(here.policy, max_epsilon=1000.0)})
     assert ask(rich, "query", run) == wire.Reply("north", "failed")
 
 
@@ -363,5 +364,6 @@ def test_two_runs_at_once_each_get_their_own_bytes_again(here, run):
 
 def test_a_release_without_privacy_is_recorded_too(here, make_run):
     run = make_run(privacy={"enabled": False})
-    update = ask(here, "train", run, round_=1, model=weights(run)).update
+    assert ask(here, "query", run, run_id="bare").status == "ok"
+    update = ask(here, "train", run, round_=1, model=weights(run), run_id="bare").update
     assert [record["sha256"] for record in released(here)] == [wire.fingerprint(update)]
