@@ -1,4 +1,4 @@
-"""`fedscan agent runs`, `show`, `approve`, `refuse` and `revoke`: which runs asked this site, and what people decide."""
+"""`fedscan agent runs`, `show`, `approve`, `refuse`, `revoke`: which runs asked this site, and what people decide."""
 
 import argparse
 import json
