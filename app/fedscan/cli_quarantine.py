@@ -91,7 +91,7 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
     ):
         decision = part(name, does, text, _decide)
         decision.set_defaults(verdict={"release": "released", "reject": "rejected"}.get(name, name))
-        decision.add_argument("--by", default="", metavar="NAME", help="who decides; goes into intake.jsonl")
+        decision.add_argument("--by", default="", metavar="NAME", help="who decides; goes into the audit log")
         decision.add_argument("--why", default="", metavar="TEXT", help="what was seen; kept encrypted")
         decision.add_argument("--yes", action="store_true", help="do it; otherwise only say what would be done")
         if name != "reject":
@@ -245,9 +245,11 @@ def _look(
     folder: Path, key: bytes, item: "Item", rectangles: "tuple[Rectangle, ...]", arguments: argparse.Namespace
 ) -> "quarantine_view.Look":
     from fedscan import quarantine_view
+    from fedscan_client.audit import log
     from fedscan_client.intake import quarantine
 
     locators = [held.locator for held in quarantine.held(folder, key, item.id)]
+    log.access(folder, "images in quarantine", item=item.id)
     wanted = (arguments.instance, arguments.frame)
     return quarantine_view.Look(
         item, len(locators), lambda n: _open_instance(folder, locators[n]), rectangles, *wanted, arguments.contrast
