@@ -27,9 +27,10 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError, FolderError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
-from fedscan_models import histograms, registry
+from fedscan_models import registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
+RETIRED = "retired"  # file in that folder: the site has left for good
 
 OpenSite = Callable[[Context], Site]
 
@@ -61,12 +62,22 @@ def _answer(
         here = open_site(context)
     except Exception:  # Flower would send the text, which names the site's files; there is no site.log to note it in
         return Message(wire.reply_record(Reply("unknown", "failed")), reply_to=message)
+    kind, request = message.metadata.message_type.partition(".")[0], None
     try:
-        reply = handle(here, wire.read_request(message.content))
+        request = wire.read_request(message.content)
+        reply = handle(here, request)
+        with _leaving(here, request, reply):
+            content = egress.answer(here, kind, request, reply)
     except Exception as error:
         _note(here, f"{type(error).__name__}: {error}")
-        reply = Reply(here.name, "failed")
-    return Message(wire.reply_record(reply), reply_to=message)
+        content = egress.failed(here, kind, request, lambda text: _note(here, text))
+    return Message(content, reply_to=message)
+
+
+def _leaving(here: Site, request: Request, reply: Reply) -> contextlib.AbstractContextManager[None]:
+    """Around an answer made of data: somebody may have revoked the run while it was made."""
+    holds_data = reply.update is not None or reply.histogram is not None
+    return approvals.releasing(here, request.order) if holds_data else contextlib.nullcontext()
 
 
 def _declare(here: Site, request: Request) -> Reply:
@@ -113,8 +124,7 @@ def _train(here: Site, request: Request) -> Reply:
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, "train", register, request.run_id)
         delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
-        allowed = {n: (tuple(p.shape), "<f4") for n, p in network.module.named_parameters() if p.requires_grad}
-        egress.check(delta, allowed)
+        egress.check(delta, egress.declared(request.config, "update"))
         return delta
 
     clip, divisor = engine.sensitivity(run.privacy.clip), plan.sampling_rate * plan.patients_declared
@@ -136,7 +146,7 @@ def _evaluate(here: Site, request: Request) -> Reply:
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, run.evaluation.split, register, request.run_id)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)
-        egress.check({"histogram": counts}, {"histogram": (histograms.shape(run), "<f8")})
+        egress.check({"histogram": counts}, egress.declared(request.config, "histogram"))
         return {"histogram": counts}
 
     release = Release("gaussian", 1.0, plan.evaluation_noise, sensitivity=1.0, divisor=1.0, steps=0)
@@ -185,6 +195,8 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     """
     if stale := order.fault(request.order):
         raise Refused(stale)
+    if (here.folder / RETIRED).exists():
+        raise Refused("this site has left the federation")
     run = config.from_server(request.config)
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan, request.order)
@@ -198,17 +210,14 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
 def _release(
     here: Site, request: Request, run: RunConfig, plan: SitePlan, release: Release, work: Callable[[], Arrays]
 ) -> Arrays | None:
-    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned.
+    """Reserve, work, persist, settle: the bytes are on disk before `egress.answer` can send them; None = burned.
 
     The bytes lie beside the ledger, which stays small and is only ever added to: it holds their digest.
     """
     run_id, round_ = request.run_id, request.round
     what = "update" if release.steps else "histogram"
     if not run.privacy.enabled:
-        bare = work()
-        with approvals.releasing(here, request.order):
-            egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=bare)
-        return bare
+        return work()
     answer = here.folder / "outbox" / run_id / f"{round_}-{what}.safetensors"
     config_sha, input_sha = _sha(request.config), wire.fingerprint(request.model or {})
     state = ledger.reserve(
@@ -224,8 +233,6 @@ def _release(
     released: Arrays = load_file(answer)
     if wire.fingerprint(released) != ledger.answer_of(here.book, run_id, round_):
         raise RecordDamaged(f"{answer} is not what was persisted.", remedy="It is not made again.")
-    with approvals.releasing(here, request.order):  # somebody may have revoked it meanwhile
-        egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=released)
     return released
 
 

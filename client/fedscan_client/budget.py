@@ -110,7 +110,8 @@ def raise_(here: Site, epsilon: float | None, delta: float | None, *, by: str, w
 
     Args:
         here: the site.
-        epsilon, delta: the whole new budget; None leaves one as it is.
+        epsilon: the whole new budget; None leaves it as it is.
+        delta: as epsilon.
         by: who decides.
         why: for the audit log.
 
@@ -126,10 +127,10 @@ def raise_(here: Site, epsilon: float | None, delta: float | None, *, by: str, w
     if wish.after != wish.before:
         if "budget" in here.policy.two_people:
             subject = {key: [it.epsilon, it.delta] for key, it in (("from", wish.before), ("to", wish.after))}
-            both = two_people.agree(here.folder, "budget", subject, name)
-            if both is None:
+            first = two_people.agree(here.folder, "budget", subject, name, why.strip())
+            if first is None:
                 return wish
-            name = both
+            name, why = f"{first.by} and {name}", f"{first.why}; {why.strip()}"
         told = {"epsilon": wish.after.epsilon, "delta": wish.after.delta, "by": name, "login": two_people.login()}
         log.append(here.folder, "budget", step="raised", why=why.strip(), **told)
         if here.ledger.exists():

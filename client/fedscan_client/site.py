@@ -7,14 +7,13 @@
            cache/          its consenting patients' images, encrypted: what `intake.ingest` writes
            spool/          what came over the network, encrypted
            intake.sqlite   what the intake has seen; quarantine.sqlite: what waits for a person; withdrawals.jsonl
-           intake.jsonl    what was done to keys, cache and quarantine, without identifiers
+           audit/          the audit log: what left, by hash; what was done to keys, cache and quarantine; decisions
            ledger.sqlite   what has been spent, for ever
            ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
            runs.sqlite     which runs asked, and what people decided; two_people.json: words that wait for a second one
            policy.json     the policy as the audit log has it
            eligible.sqlite which patients were eligible in which run
            outbox/         the last noisy answer, kept until the next one is there
-           released.jsonl  what left, by hash
            site.log        everything that may depend on patients: never leaves
 
 A pretend site of a simulation and a deployed one are the same thing to every line of code below this one.

@@ -25,17 +25,18 @@ WAITS = timedelta(days=14)
 
 @dataclass(frozen=True)
 class Word:
-    """What one person said: `subject` is a SHA-256, `utc` ISO 8601."""
+    """What one person said: `subject` is a SHA-256, `why` as the caller gave it, `utc` ISO 8601."""
 
     what: str
     subject: str
     by: str
-    account: str
+    login: str
     utc: str
+    why: str
 
 
-def agree(folder: Path, what: str, subject: dict[str, Any], by: str) -> str | None:
-    """Both names once a second person says the same within 14 days; None: this word now waits for another one.
+def agree(folder: Path, what: str, subject: dict[str, Any], by: str, why: str) -> Word | None:
+    """The first person's word once a second one says the same within 14 days; None: this word now waits for another.
 
     The first word is used up before this returns: a crash before the decision took effect asks both again.
 
@@ -44,6 +45,7 @@ def agree(folder: Path, what: str, subject: dict[str, Any], by: str) -> str | No
         what: "budget" or "quarantine".
         subject: exactly what is decided, fit for JSON; only its digest is kept.
         by: who says it.
+        why: kept while it waits; sealed by the caller where it may name a patient.
 
     Raises:
         ConfigError: no name.
@@ -56,12 +58,12 @@ def agree(folder: Path, what: str, subject: dict[str, Any], by: str) -> str | No
         same = [word for word in words if word.subject == digest]
         first = next((word for word in same if _plain(word.by) != _plain(name)), None)
         if first is None and not same:
-            words.append(Word(what, digest, name, login(), now.isoformat(timespec="seconds")))
+            words.append(Word(what, digest, name, login(), now.isoformat(timespec="seconds"), why))
             log.append(folder, what, step="first of two people", by=name, login=login(), subject=digest)
         if first is not None:
             words = [word for word in words if word.subject != digest]
         files.write_atomic(folder / FILE, (json.dumps([asdict(word) for word in words], indent=2) + "\n").encode())
-    return f"{first.by} and {name}" if first else None
+    return first
 
 
 def person(text: str) -> str:
@@ -90,7 +92,7 @@ def several(text: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """ "A. Meier" and "a meier" are one person."""
+    """What is compared: A. Meier and A.Meier are one person."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 

@@ -167,7 +167,8 @@ def read_key(folder: Path) -> bytes:
     try:
         text = secret_file.read(path)
     except SiteKeyError as error:
-        raise RecordDamaged(error.message, remedy=f"Make it a file of this user that nobody else can read: {path}")
+        remedy = f"Make it a file of this user that nobody else can read: chmod 600 {path}"
+        raise RecordDamaged(error.message, remedy=remedy) from None
     if text is None:
         raise RecordDamaged(
             f"{path}, the audit log's key, is missing: nothing can be checked or added.",
