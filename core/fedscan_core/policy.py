@@ -6,7 +6,7 @@ day, never on patients.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -155,7 +155,7 @@ def _launcher(policy: Policy, order: Order) -> Iterator[str]:
         yield f"the order is not signed with the key by which this site knows {order.launcher}"
 
 
-def _list(words: Iterator[str] | tuple[str, ...] | list[str]) -> str:
+def _list(words: Iterable[str]) -> str:
     return ", ".join(words)
 
 
@@ -206,11 +206,8 @@ def from_public(tree: Mapping[str, Any]) -> tuple[Policy, int]:
         wrong = said[:60] or "it"
     if wrong:
         raise ConfigError(f"A site's public policy is none: {wrong}.", remedy="Install the same fedscan version.")
-    limits = {
-        "max_epsilon": min(policy.max_epsilon, left["epsilon"]),
-        "max_delta": min(policy.max_delta, left["delta"]),
-    }
-    return dataclasses.replace(policy, **limits), declared
+    epsilon, delta = min(policy.max_epsilon, left["epsilon"]), min(policy.max_delta, left["delta"])
+    return dataclasses.replace(policy, max_epsilon=epsilon, max_delta=delta), declared
 
 
 def fault(policy: Policy) -> str | None:
