@@ -298,6 +298,7 @@ def _folder(run: RunConfig, pretend: PretendSite, folder: Path) -> Site:
             max_delta=budget.delta if budget else 0.0,
             min_noise_multiplier=0.0,
             research_cohort=True,
+            approval="auto-within-policy",
         ),
         folder=folder,
     )

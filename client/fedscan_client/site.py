@@ -34,6 +34,7 @@ from fedscan_client.dp.ledger_file import Book
 from fedscan_client.intake.rules import QuarantineSettings
 from fedscan_client.intake.sources import settings as sources
 from fedscan_client.intake.sources.settings import Source
+from fedscan_core import policy as policies
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
 from fedscan_core.files import write_atomic
@@ -91,6 +92,12 @@ class Site(BaseModel):
             raise ValueError(
                 "[consent] and [intake] do not go with a research table, whose patients are not the register's"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sane_policy(self) -> Self:
+        if wrong := policies.fault(self.policy):
+            raise ValueError(f"policy.{wrong}")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""A small hospital whose images lie in a table, and runs that suit it."""
+"""A small hospital whose images lie in a table."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -13,24 +13,9 @@ from fedscan_client.cohort import COLUMNS, TABLE, Patients, forget
 from fedscan_client.intake.sources.settings import Table
 from fedscan_client.site import Site
 from fedscan_client.site import save as save_site
-from fedscan_core.config import RunConfig
 from fedscan_core.policy import Policy
 
 Row = tuple[str, str, str, int]  # patient, label, split, seed of the picture
-
-
-def _make_run(**sections: Any) -> RunConfig:
-    """A quick run on 16 x 16 pictures with the cnn; a section's keys are laid over these."""
-    tree: dict[str, Any] = {
-        "name": "demo",
-        "task": {"labels": ["well", "ill"], "image_size": [16, 16]},
-        "model": {"name": "cnn"},
-        "privacy": {"noise_multiplier": 1.0},
-        "train": {"rounds": 3, "local_steps": 1, "patients_per_step": "all"},
-    }
-    for name, keys in sections.items():
-        tree[name] = {**tree.get(name, {}), **keys}
-    return RunConfig.model_validate(tree)
 
 
 def _default_rows() -> list[Row]:
@@ -44,7 +29,7 @@ def _default_rows() -> list[Row]:
 
 
 def _make_site(folder: Path, *, rows: Sequence[Row] | None = None, name: str = "north", **policy: Any) -> Site:
-    """Writes pictures, cohort.csv and site.toml; a research cohort unless said otherwise."""
+    """Writes pictures, cohort.csv and site.toml; a research cohort that approves by itself, unless said otherwise."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
     with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
@@ -54,7 +39,8 @@ def _make_site(folder: Path, *, rows: Sequence[Row] | None = None, name: str = "
             pixels = np.random.default_rng(seed).integers(0, 256, (16, 16), np.uint8)
             Image.fromarray(pixels).save(pictures / f"canary-file-{seed}.png")
             table.writerow([f"canary-file-{seed}.png", "", patient, label, split, "", ""])
-    given: dict[str, Any] = {"max_epsilon": 100.0, "max_delta": 1e-3, "research_cohort": True, **policy}
+    given: dict[str, Any] = {"max_epsilon": 100.0, "max_delta": 1e-3, "research_cohort": True}
+    given |= {"approval": "auto-within-policy", **policy}
     source = {"source": Table(kind="table", folder=pictures)}
     site = Site(name=name, patients_declared=20, source=source, policy=Policy(**given), folder=folder)
     save_site(site)
@@ -65,12 +51,6 @@ def _make_site(folder: Path, *, rows: Sequence[Row] | None = None, name: str = "
 def _fresh_memory() -> None:
     """No cohort of another test is kept in memory."""
     forget()
-
-
-@pytest.fixture(scope="session")
-def make_run() -> Callable[..., RunConfig]:
-    """See `_make_run`."""
-    return _make_run
 
 
 @pytest.fixture(scope="session")
