@@ -26,7 +26,6 @@ INIT = "init.safetensors"  # what model.init becomes: a file in the coordinator'
 ROUND_SECONDS = 3.0  # Flower's polling interval: no round is faster
 _LINK_BYTES = 125e6  # a second, at the coordinator: 1 Gbit/s
 _SLACK = timedelta(days=7)  # for interruptions: an order that ran out ends its run
-_CLOCK = timedelta(minutes=5)  # sites bear 10
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Prospect:
 
     @property
     def approval(self) -> str:
-        """"manual" where a person there must approve each run."""
+        """ "manual" where a person there must approve each run."""
         return str(self.policy.get("approval", "manual"))
 
 
@@ -110,26 +109,6 @@ def make_order(run: RunConfig, profile: Profile, key: Ed25519PrivateKey, now: da
         order.new_run_id(run.name), config.for_sites(run), profile.person, issued.isoformat(), until.isoformat()
     )
     return order.sign(told, key)
-
-
-def check_coordinator(hello: people.Hello, now: datetime) -> None:
-    """Refuses to talk past one another.
-
-    Raises:
-        ConfigError: another protocol, or the clocks differ by more than sites would bear.
-    """
-    if hello.protocol != wire.PROTOCOL:
-        raise ConfigError(
-            f"The coordinator (fedscan {hello.version}) speaks protocol {hello.protocol}, this program {wire.PROTOCOL}.",
-            remedy=f"Install fedscan {hello.version}.",
-        )
-    drift = now - hello.utc
-    if abs(drift) > _CLOCK:
-        way = "ahead of" if drift > timedelta(0) else "behind"
-        raise ConfigError(
-            f"This machine's clock is {abs(drift).total_seconds() / 60:.0f} minutes {way} the coordinator's.",
-            remedy="Set it: hospitals refuse orders whose times are wrong.",
-        )
 
 
 def look(run: RunConfig, signed: Order, enrolled: Sequence[people.Site], role: str, now: datetime) -> Prospects:

@@ -12,12 +12,12 @@ import ssl
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import IO, Any
 
 import httpx
 
-from fedscan_core import order
+from fedscan_core import order, wire
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError, FedscanError
 from fedscan_core.order import Order
@@ -25,6 +25,7 @@ from fedscan_core.order import Order
 PREFIX = "/fedscan/v1"
 FINAL = ("finished", "failed", "stopped")  # states of a run that nobody works on
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # progress is answered within 20 s
+_CLOCK = timedelta(minutes=5)  # sites bear 10
 _LARGEST = 64 * 2**20  # bytes of a JSON answer
 
 
@@ -122,6 +123,26 @@ def hello(http: httpx.Client) -> Hello:
         if utc.tzinfo is None:
             raise ValueError
         return Hello(str(answer["coordinator"]), str(answer["version"]), int(answer["protocol"]), utc)
+
+
+def check(hello: Hello, now: datetime) -> None:
+    """Refuses to talk past one another.
+
+    Raises:
+        ConfigError: another protocol, or the clocks differ by more than sites would bear.
+    """
+    if hello.protocol != wire.PROTOCOL:
+        raise ConfigError(
+            f"The coordinator (fedscan {hello.version}) speaks protocol {hello.protocol}, this program {wire.PROTOCOL}.",
+            remedy=f"Install fedscan {hello.version}.",
+        )
+    drift = now - hello.utc
+    if abs(drift) > _CLOCK:
+        way = "ahead of" if drift > timedelta(0) else "behind"
+        raise ConfigError(
+            f"This machine's clock is {abs(drift).total_seconds() / 60:.0f} minutes {way} the coordinator's.",
+            remedy="Set it: hospitals refuse orders whose times are wrong.",
+        )
 
 
 def login(http: httpx.Client, token: str, public_key: str) -> Login:

@@ -128,32 +128,55 @@ def save(profile: Profile) -> bool:
     return default == profile.name
 
 
+def check_name(name: str) -> None:
+    """Refuses a name that could be no file's.
+
+    Raises:
+        ConfigError: so.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(f"'{name}' is no name of a profile.", remedy="Use letters, digits, dot, dash, underscore.")
+
+
 def name_for(coordinator: str) -> str:
     """A profile name made of a coordinator's own: letters and digits, the rest dashes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", coordinator).strip("-").lower()[:40] or "coordinator"
 
 
-def key(name: str) -> Ed25519PrivateKey:
-    """The key of a profile, made on first use (0600); it is never replaced, for hospitals know its public half.
+def make_key(name: str) -> Ed25519PrivateKey:
+    """The key of a profile, made (0600) where there is none; one that is there stays, for hospitals know its other half.
 
     Raises:
-        ConfigError: it is damaged, of another kind, or others can read it.
+        ConfigError: as `key`.
         FolderError: it cannot be made.
     """
-    path = folder() / "keys" / name
-    _make_once(path)
+    _make_once(_key_file(name))
+    return key(name)
+
+
+def key(name: str) -> Ed25519PrivateKey:
+    """The key of a profile.
+
+    Raises:
+        ConfigError: it is missing, damaged, of another kind, or others can read it.
+    """
+    path = _key_file(name)
+    again = "Restore it from a backup; or move it away and log in with a new invitation."
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigError(f"Others can read {path}, your signing key.", remedy=f"chmod 600 {path}")
         found = load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.", remedy="Check who owns it.") from None
+        raise ConfigError(f"{path}, your signing key, cannot be read: {error.strerror}.", remedy=again) from None
     except ValueError:
-        found = None
+        raise ConfigError(f"{path} holds no key.", remedy=again) from None
     if not isinstance(found, Ed25519PrivateKey):
-        remedy = "Restore it from a backup; or move it away and log in with a new invitation."
-        raise ConfigError(f"{path} holds no Ed25519 key.", remedy=remedy)
+        raise ConfigError(f"{path} holds another kind of key.", remedy=again)
     return found
+
+
+def _key_file(name: str) -> Path:
+    return folder() / "keys" / name
 
 
 def _make_once(path: Path) -> None:
