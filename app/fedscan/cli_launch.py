@@ -81,7 +81,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 
     def new(name: str, text: str, description: str, command: Any) -> argparse.ArgumentParser:
         plain = argparse.RawDescriptionHelpFormatter
-        made = commands.add_parser(name, help=text, description=description, formatter_class=plain)
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=description, formatter_class=plain
+        )
         made.add_argument("--profile", metavar="NAME", help="the coordinator; see `fedscan login`")
         made.set_defaults(command=command)
         return made

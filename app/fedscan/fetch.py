@@ -38,9 +38,9 @@ def fetch(http: httpx.Client, run_id: str, out: Path) -> Path:
             with archive.open("wb") as file:
                 people.archive(http, run_id, file)
             unpack(archive, folder)
-            if not (folder / "run.toml").is_file():
+            if not (folder / run_id / "run.toml").is_file():
                 raise CoordinatorError("The archive holds no run folder; nothing was kept.")
-            os.rename(folder, out)
+            os.rename(folder / run_id, out)
     except OSError as error:
         raise FolderError(
             f"{out} cannot be filled: {error.strerror or error}.", remedy="Free some space, or give another --out."

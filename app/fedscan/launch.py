@@ -48,7 +48,7 @@ class Prospect:
 
     @property
     def approval(self) -> str:
-        """ "manual" where a person there must approve each run."""
+        """Either manual, where a person there must approve each run, or auto-within-policy."""
         return str(self.policy.get("approval", "manual"))
 
 

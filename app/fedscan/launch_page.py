@@ -1,17 +1,18 @@
 """What a researcher reads before a run is sent: the question, each hospital's answer by its policy, the price."""
 
+import io
+
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from fedscan.launch import Prospect, Prospects
 from fedscan.profiles import Profile
 from fedscan.view import NO_PRIVACY
-from fedscan_core.config import RunConfig
 
 _WIDTH = 80
+_NAME = 22  # columns; longer names take two lines
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -19,9 +20,14 @@ def show(found: Prospects, profile: Profile, console: Console) -> None:
     """Prints the page; it fits 80 columns, and is no wider than 100."""
     parts: list[RenderableType] = [_head(found, profile), "", _asked(found), "", _sites(found), _remarks(found), ""]
     parts += [_price(found), "", _verdict(found)]
-    # Where nobody sees a screen the lines are as long as on a usual one: a pipe must not hold cut words.
-    width = min(max(console.width, 40), 100) if console.is_terminal else _WIDTH
-    console.print(Group(*parts), width=width)
+    if console.is_terminal:
+        console.print(Group(*parts), width=min(max(console.width, 40), 100))
+        return
+    plain = Console(file=io.StringIO(), width=_WIDTH, highlight=False)
+    with plain.capture() as page:
+        plain.print(Group(*parts))
+    for line in page.get().splitlines():  # a pipe or a file: no spaces at the ends of lines
+        console.print(line.rstrip(), markup=False, soft_wrap=True)
 
 
 def size(number: float) -> str:
@@ -55,7 +61,7 @@ def _asked(found: Prospects) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows.items():
-        missing = Text(f"not given (study.{keys.get(name, name)}); people at the sites will ask", style="yellow")
+        missing = Text(f"not given: study.{keys.get(name, name)}", style="yellow")
         grid.add_row(Text(name), Text(value) if value else missing)
     train = run.train
     steps = "one step" if train.local_steps == 1 else f"{train.local_steps} steps"
@@ -66,11 +72,12 @@ def _asked(found: Prospects) -> Table:
             f"{train.rounds} rounds of {steps}"
         ),
     )
-    grid.add_row(Text("privacy"), Text(_privacy(run)))
+    grid.add_row(Text("privacy"), Text(_privacy(found)))
     return grid
 
 
-def _privacy(run: RunConfig) -> str:
+def _privacy(found: Prospects) -> str:
+    run = found.run
     if not run.privacy.enabled:
         return NO_PRIVACY
     unit = run.privacy.unit
@@ -79,16 +86,18 @@ def _privacy(run: RunConfig) -> str:
     else:
         text = f"noise {run.privacy.noise_multiplier:g}; epsilon follows from each site's size"
     asked = "training and private evaluation" if run.evaluation.private else "training, without private evaluation"
-    return f"{text}, for each {unit}; {asked}"
+    deltas = [site.plan.delta for site in found.sites if site.plan is not None]
+    delta = f" (delta {max(deltas):.0e})" if deltas else ""
+    return f"{text}{delta}, for each {unit}; {asked}"
 
 
 def _sites(found: Prospects) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    table.add_column("site", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("now", no_wrap=True)
-    for name in ("patients", "epsilon", "left", "delta", "noise"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("answer", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("site", overflow="fold", min_width=8, max_width=_NAME)
+    table.add_column("now", no_wrap=True, min_width=len("offline"))
+    for name in ("patients", "epsilon", "left", "noise"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    table.add_column("by its policy", no_wrap=True, min_width=len("asks a person"))
     for site in found.sites:
         now = Text("online", "green") if site.online else Text("offline", "yellow")
         patients = str(site.patients_declared) if site.patients_declared else "-"
@@ -96,40 +105,53 @@ def _sites(found: Prospects) -> Table:
     return table
 
 
-def _spends(site: Prospect) -> tuple[str, str, str, str]:
-    """epsilon, what is left of the site's budget before the run, delta, noise."""
+def _spends(site: Prospect) -> tuple[str, str, str]:
+    """epsilon, what is left of the site's budget before the run, noise."""
     left = site.policy.get("remaining")
     epsilon = left.get("epsilon") if isinstance(left, dict) else None
     shown = f"{epsilon:.3g}" if isinstance(epsilon, int | float) else "-"
     if site.plan is None:
-        return "-", shown, "-", "-"
+        return "-", shown, "-"
     if not site.plan.noise_multiplier:
-        return NO_PRIVACY, shown, "-", "-"
-    return f"{site.plan.epsilon:.3g}", shown, f"{site.plan.delta:.0e}", f"{site.plan.noise_multiplier:.3g}"
+        return "no bound", shown, "none"
+    return f"{site.plan.epsilon:.3g}", shown, f"{site.plan.noise_multiplier:.3g}"
 
 
 def _answer(site: Prospect) -> Text:
     if site.refusal is not None:
-        return Text("would refuse", "red")
-    return Text("asks a person", "cyan") if site.approval == "manual" else Text("would take part", "green")
+        return Text("refuses", "red")
+    return Text("asks a person", "cyan") if site.approval == "manual" else Text("takes part", "green")
 
 
 def _remarks(found: Prospects) -> RenderableType:
-    """Why somebody would refuse, one paragraph each; and what the words above mean."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
-    grid.add_column(overflow="fold")
+    """Why somebody would refuse, a line for each reason; who is away; what the words of the table mean."""
+    refusals = Table.grid(padding=(0, 2, 0, 0))
+    refusals.add_column(overflow="fold", max_width=_NAME)
+    refusals.add_column(overflow="fold")
     for site in found.sites:
-        if site.refusal is not None:
-            grid.add_row(Text(site.name, "red"), Text(f"would refuse: {site.refusal}"))
-    lines = [grid, Text()] if grid.row_count else []
-    legend = "patients: declared; epsilon: of this run; left: of the site's budget, before it."
+        for number, reason in enumerate((site.refusal or "").split("; ") if site.refusal is not None else ()):
+            refusals.add_row(Text(site.name if number == 0 else "", "red"), Text(reason))
+    parts: list[RenderableType] = (
+        ["", Text("Refusals, and their reasons", "bold"), refusals] if _refusing(found) else []
+    )
+    legend = "patients: declared by the site; epsilon: of this run; left: of the site's budget before it"
     if any(site.refusal is None and site.approval == "manual" for site in found.sites):
         hours = found.run.federation.approval_hours
-        legend += f" asks a person: somebody there must approve, and is waited for up to {hours:g} hours."
+        legend += f"; asks a person: somebody there must approve, and is waited for up to {hours:g} hours"
     away = [site for site in found.sites if not site.online and site.refusal is None]
-    notes = [f"{site.name} was last seen {site.last_seen or 'never'}." for site in away[:5]]
-    return Padding(Group(*lines, Text(" ".join([legend, *notes]), "dim")), (1, 0, 0, 0))
+    notes = [f"{site.name} was last seen {_time(site.last_seen)}." for site in away[:5]]
+    if len(away) > len(notes):
+        notes.append(f"{len(away) - len(notes)} more are offline.")
+    return Group(*parts, "", Text(" ".join([legend + ".", *notes]), "dim"))
+
+
+def _refusing(found: Prospects) -> bool:
+    return len(found.willing) < len(found.sites)
+
+
+def _time(utc: str) -> str:
+    """To the minute."""
+    return f"{utc[:16].replace('T', ' ')} UTC" if utc else "never"
 
 
 def _price(found: Prospects) -> Table:

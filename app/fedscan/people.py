@@ -133,7 +133,7 @@ def check(hello: Hello, now: datetime) -> None:
     """
     if hello.protocol != wire.PROTOCOL:
         raise ConfigError(
-            f"The coordinator (fedscan {hello.version}) speaks protocol {hello.protocol}, this program {wire.PROTOCOL}.",
+            f"The coordinator (fedscan {hello.version}) speaks protocol {hello.protocol}, this one {wire.PROTOCOL}.",
             remedy=f"Install fedscan {hello.version}.",
         )
     drift = now - hello.utc
@@ -316,8 +316,16 @@ def _understood() -> Iterator[None]:
 
 
 def _run(tree: dict[str, Any]) -> Run:
-    texts = [_text(tree, name) for name in ("launcher", "state", "reason", "submitted")]
-    return Run(_name(tree, "run_id"), _name(tree, "name"), *texts, round=int(tree["round"]), rounds=int(tree["rounds"]))
+    return Run(
+        run_id=_name(tree, "run_id"),
+        name=_name(tree, "name"),
+        launcher=_text(tree, "launcher"),
+        state=_text(tree, "state"),
+        reason=_text(tree, "reason"),
+        submitted=_text(tree, "submitted"),
+        round=int(tree["round"]),
+        rounds=int(tree["rounds"]),
+    )
 
 
 def _name(tree: dict[str, Any], field: str) -> str:

@@ -144,7 +144,7 @@ def name_for(coordinator: str) -> str:
 
 
 def make_key(name: str) -> Ed25519PrivateKey:
-    """The key of a profile, made (0600) where there is none; one that is there stays, for hospitals know its other half.
+    """The key of a profile, made (0600) where there is none; one that is there stays: hospitals know its half.
 
     Raises:
         ConfigError: as `key`.
