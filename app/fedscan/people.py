@@ -175,14 +175,16 @@ def submit(http: httpx.Client, signed: Order, toml: str, init: bytes) -> str:
     try:
         answer = _ask(http, "POST", "/runs", body)
     except Unreachable as error:
-        with contextlib.suppress(CoordinatorError):
-            if any(run.run_id == signed.run_id for run in runs(http)):
-                return signed.run_id
+        try:
+            taken = any(run.run_id == signed.run_id for run in runs(http))
+        except CoordinatorError:
+            raise Unreachable(
+                f"{error.message} Whether the run was taken is not known.",
+                remedy=f"`fedscan runs` lists {signed.run_id} if it was.",
+            ) from None
+        if not taken:
             raise Unreachable(f"The run was not taken: {error.message}", remedy=error.remedy) from None
-        raise Unreachable(
-            f"{error.message} Whether the run was taken is not known.",
-            remedy=f"`fedscan runs` lists {signed.run_id} if it was.",
-        ) from None
+        return signed.run_id
     with _understood():
         if answer["run_id"] != signed.run_id:
             raise ValueError

@@ -121,7 +121,7 @@ class View:
                 total=step.sites,
                 eta="",
             )
-            self._live.update(self._bar)
+            self._live.update(Group(self._bar, *(Text(f"  {self._head}{note}") for note in step.notes[:8])))
             return
         done = step.round - (step.sites_done < step.sites)
         self._bar.update(

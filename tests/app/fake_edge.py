@@ -9,6 +9,7 @@ import hashlib
 import io
 import ipaddress
 import json
+import socket
 import ssl
 import tarfile
 import threading
@@ -151,15 +152,19 @@ def _handler(edge_of):
             if path in edge.fail:
                 status, raw = edge.fail.pop(path)
                 if status is None:  # hang up
-                    return self.connection.close()
+                    return self.hang_up()
                 return self.reply(status, raw, {})
             if path.endswith("/archive"):
                 sha = edge.sha or hashlib.sha256(edge.archive).hexdigest()
                 return self.reply(200, edge.archive, {"fedscan-sha256": sha})
             status, tree = edge.answer(method, path, body, self.headers.get("authorization", ""))
             if edge.drop_after_submit and method == "POST" and path == "/runs":
-                return self.connection.close()
+                return self.hang_up()
             self.reply(status, json.dumps(tree).encode(), {})
+
+        def hang_up(self):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
         def reply(self, status, data, headers):
             self.send_response(status)
