@@ -28,8 +28,10 @@ NAMES = ("ash", "birch", "cedar")
 def run_config(rounds=4, **sections):
     """A small real network; sigma is given, so that no plan needs calibrating."""
     privacy = sections.pop("privacy", {"noise_multiplier": 1.0})
-    train = {"rounds": rounds, "patients_per_step": "all", "tail_average": 0.0} | sections.pop("train", {})
-    tree = {"name": "demo", "task": {"labels": ["0", "1"], "image_size": 32}, "aggregation": {"strategy": "fedavg"}}
+    # The rate is that of sites whose updates are as long as those of `update_of` and `constant`.
+    train = {"rounds": rounds, "learning_rate": 1e4, "tail_average": 0.0} | sections.pop("train", {})
+    rule = {"strategy": "fedavg", "min_sites": 2} | sections.pop("aggregation", {})
+    tree = {"name": "demo", "task": {"labels": ["0", "1"], "image_size": 32}, "aggregation": rule}
     return RunConfig.model_validate({**tree, "privacy": privacy, "train": train, **sections})
 
 
