@@ -13,6 +13,7 @@ from fedscan import people, view, watch
 from fedscan.people import CoordinatorError
 from fedscan_core import config, config_file
 from fedscan_core.errors import ConfigError
+from fedscan_server.tracking import Progress
 
 LINE = {"utc": "2026-01-01T00:00:00+00:00", "phase": "round", "round": 1, "rounds": 3, "sites_done": 1, "sites": 2}
 LINE |= {"epsilon_low": 0.5, "epsilon_high": 0.75, "metrics": {}, "notes": ["north: late"]}
@@ -26,7 +27,7 @@ def http(edge, fake_edge):
 
 
 def test_a_line_becomes_a_step():
-    assert watch.step(LINE) == watch.Step("round", 1, 3, 1, 2, 0.5, 0.75, {}, ("north: late",))
+    assert watch.step(LINE) == Progress("round", 1, 3, 1, 2, 0.5, 0.75, {}, ("north: late",))
     assert watch.step(LINE | {"epsilon_high": None}).epsilon_high == math.inf
     assert watch.step(LINE | {"of a later version": 1}) == watch.step(LINE)
 
@@ -109,7 +110,7 @@ def test_time_left_counts_from_the_first_line_seen(monkeypatch):
     out = io.StringIO()
     with view.View(None, Console(file=out, width=200)) as show:
         for n in (50, 51):
-            show(watch.Step("round", n, 100, 2, 2, 1.0, 1.0, {}, (f"note {n}",)))
+            show(Progress("round", n, 100, 2, 2, 1.0, 1.0, {}, (f"note {n}",)))
             now[0] += 10
     first, second = out.getvalue().splitlines()
     assert "left" not in first
@@ -119,7 +120,7 @@ def test_time_left_counts_from_the_first_line_seen(monkeypatch):
 def test_those_who_have_not_answered_are_shown_while_a_run_waits():
     out = io.StringIO()
     with view.View(None, Console(file=out, width=100, force_terminal=True)) as show:
-        show(watch.Step("declare", 0, 100, 1, 3, notes=("north: pending",)))
+        show(Progress("declare", 0, 100, 1, 3, notes=("north: pending",)))
         show._live.refresh()
     assert "asking sites" in out.getvalue() and "north: pending" in out.getvalue()
 
