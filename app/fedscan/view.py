@@ -22,10 +22,7 @@ from fedscan_core.config import RunConfig
 
 if TYPE_CHECKING:
     from fedscan.people import Run
-    from fedscan.watch import Step as Line
-    from fedscan_server.app import Progress as Told
-
-    Step = Told | Line
+    from fedscan_server.tracking import Progress as Step
 
 NO_PRIVACY = "NO PRIVACY"
 _log = logging.getLogger("fedscan")

@@ -1,10 +1,8 @@
 """Following a run at a coordinator: its lines of progress, over lost connections and restarts, until it ends."""
 
-import math
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
@@ -13,49 +11,29 @@ from fedscan import people
 from fedscan_core import config_file
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError
+from fedscan_server import tracking
+from fedscan_server.tracking import Progress
 
 LONGEST_PAUSE = 30.0  # seconds between two tries when the coordinator is away
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of progress, as `fedscan_server.app.Progress` has it; `view.View` shows it."""
-
-    phase: str
-    round: int
-    rounds: int
-    sites_done: int
-    sites: int
-    epsilon_low: float = 0.0
-    epsilon_high: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def step(line: dict[str, Any]) -> Step | None:
-    """Reads a line; None for one that is none. Fields of later versions are passed over, null is no bound."""
-    known = {name: line[name] for name in _NAMES if name in line}
-    for name in ("epsilon_low", "epsilon_high"):
-        if name in known and known[name] is None:
-            known[name] = math.inf
+def step(line: dict[str, Any]) -> Progress | None:
+    """Reads a line; None for one that is none. Fields of later versions are passed over."""
     try:
-        known["notes"] = tuple(map(str, known.get("notes", ())))
-        known["metrics"] = dict(known.get("metrics") or {})
-        made = Step(**known)
-        sound = all(isinstance(getattr(made, name), int) for name in ("round", "rounds", "sites_done", "sites"))
-        sound = sound and all(isinstance(value, int | float) for value in (made.epsilon_low, made.epsilon_high))
+        made = tracking.progress_of(line)
+        numbers = (made.round, made.rounds, made.sites_done, made.sites)
+        sound = isinstance(made.phase, str) and all(isinstance(number, int) for number in numbers)
+        sound &= all(isinstance(value, int | float) for value in (made.epsilon_low, made.epsilon_high))
+        sound &= isinstance(made.metrics, dict) and all(isinstance(note, str) for note in made.notes)
     except (TypeError, ValueError):
         return None
-    return made if sound and isinstance(made.phase, str) else None
-
-
-_NAMES = tuple(each.name for each in fields(Step))
+    return made if sound else None
 
 
 def follow(
     http: httpx.Client,
     run_id: str,
-    show: Callable[[Step], None],
+    show: Callable[[Progress], None],
     *,
     after: int = 0,
     tell: Callable[[str], None] = lambda text: None,
