@@ -42,6 +42,7 @@ class Fake:
     raw: bytes | None = None  # answers this and nothing else
     lose_reply: bool = False  # does what is asked, and breaks off
     calls: list[tuple[str, str]] = field(default_factory=list)
+    bodies: bytes = b""  # all that was ever sent to it
 
     def invitation(self, path: Path, **changes: Any) -> Path:
         """Writes INVITE.toml for north."""
@@ -118,6 +119,7 @@ def coordinator(folder: Path, *, days: float = 30, host: str = "127.0.0.1") -> I
 
         def _any(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            fake.bodies += body + str(self.headers).encode()
             status, told = answer(fake, self.command, self.path, self.headers, body)
             data = json.dumps(told).encode() if fake.raw is None else fake.raw
             if fake.lose_reply:

@@ -87,7 +87,7 @@ def counts(here: Site, register: Register | None, images: list[Image], left_out:
     declared = here.patients_declared
     if declared and there and not 0.5 <= len(may) / declared <= 2:
         yield warn(
-            "declared size",
+            "cohort size",
             f"{declared} patients are declared, {len(may)} are here.",
             "Declare what you expect before the ledger opens; afterwards take in more, or leave it. It only weighs.",
             local=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedscan_client import connection as connections
 from fedscan_client import door, keys
-from fedscan_client.audit import chain, log
+from fedscan_client.audit import log, verify
 from fedscan_client.check.finding import Finding, fail, ok, skip, warn
 from fedscan_client.dp import ledger
 from fedscan_client.intake import cache, cache_keys, seal
@@ -94,26 +94,23 @@ def audit_log(here: Site) -> Iterator[Finding]:
     if (here.folder / connections.FILE).exists():
         with contextlib.suppress(FedscanError):  # said under "coordinator" or "registration"
             anchors, known = [one["anchor"] for one in door.anchors(here.folder)], True
-    if not log.files(here.folder / log.FOLDER):
-        if anchors:
-            yield fail(topic, "It is gone: the coordinator holds anchors of it.", "Restore SITE/audit from a backup.")
-        else:
-            yield ok(topic, "not begun yet")
-        return
-    audit_key = log.read_key(here.folder / log.FOLDER)
-    there = {chain.anchor(audit_key, mac) for _, mac in log.records(here.folder)}
-    if lost := sum(anchor not in there for anchor in anchors):
+    report = verify.verify(here.folder, anchors)
+    if report.problems:
+        yield fail(
+            topic, report.problems[0], f"fedscan agent audit verify {here.folder} says more; restore it from a backup."
+        )
+    elif report.unknown:
         yield fail(
             topic,
-            f"{lost} of {len(anchors)} anchors of the coordinator are not in it: it was cut, or is an older copy.",
-            f"fedscan agent audit verify {here.folder}; then restore SITE/audit from the latest backup.",
+            f"{len(report.unknown)} of {report.anchors} anchors of the coordinator are not in it: it was cut, begun anew, "
+            "or is an older copy.",
+            f"Restore {here.folder / log.FOLDER} from the latest backup: fedscan agent audit verify {here.folder}",
         )
+    elif not report.records:
+        yield ok(topic, "not begun yet")
     elif not known:
         yield warn(topic, "Its chain is whole; the coordinator's anchors could not be had.", "Repeat when it answers.")
     else:
-        yield ok(topic, f"chain whole, all {len(anchors)} anchors of the coordinator found in it")
-
-
-def patients_in_cache(here: Site) -> int:
-    """How many patients the cache holds."""
-    return len(cache.patients(here.cache))
+        yield ok(
+            topic, f"chain whole, {report.records} records; all {report.anchors} anchors of the coordinator are in it"
+        )
