@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedscan_client.node import flower
 
 POLL_SECONDS = 0.25  # on this machine; the SuperNode asks the server every three seconds
 WAIT_SECONDS = 1.0  # while the SuperNode does not answer
-PRELOAD = ("fedscan_client.node.task", "fedscan_client.app", "fedscan_models.registry")
+PRELOAD = ("fedscan_client.node.warm",)
 
 
 class Client(Protocol):
@@ -87,9 +88,12 @@ def serve(client: Client, site: Path, address: str, stop: threading.Event) -> No
     context = warm()
     request = AcquireTaskRequest(supported_task_types=[kind.value for kind in TaskType])
     child: BaseProcess | None = None
+    back: Connection | None = None
+    plans = b""  # plans of earlier tasks, unread here: see `dp.plans.kept`
     try:
         while not stop.is_set():
             if child is not None:
+                plans = _received(back) or plans
                 child.join(POLL_SECONDS)
                 if child.exitcode is None:
                     continue
@@ -104,10 +108,21 @@ def serve(client: Client, site: Path, address: str, stop: threading.Event) -> No
             if not (answer.HasField("task") and answer.token):
                 stop.wait(POLL_SECONDS)
                 continue
-            child = context.Process(target=task.main, args=(answer.token, answer.task.type, address, str(site)))
+            back, there = context.Pipe(duplex=False)
+            what = (answer.token, answer.task.type, address, str(site), plans, there)
+            child = context.Process(target=task.main, args=what)
             child.start()
+            there.close()
     finally:
         _end(child)
+
+
+def _received(back: Connection | None) -> bytes:
+    """What a task sent, or b""."""
+    try:
+        return back.recv_bytes() if back is not None and back.poll() else b""
+    except (EOFError, OSError):  # it has ended, or died while it wrote
+        return b""
 
 
 def _end(child: BaseProcess | None) -> None:

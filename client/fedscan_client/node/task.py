@@ -13,8 +13,11 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from fedscan_client import site as sites
 from fedscan_client.audit import log
+from fedscan_client.dp import plans
 from fedscan_client.node import inspect
 from fedscan_client.node.inspect import Refused
 from fedscan_core import wire
@@ -33,7 +37,7 @@ _REFUSED_CODE = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION: an answer, 
 App = Callable[[Message, Context], Message]
 
 
-def main(token: str, kind: str, address: str, site: str) -> None:
+def main(token: str, kind: str, address: str, site: str, known: bytes, back: Connection) -> None:
     """Runs one task to its end; the process should end with it.
 
     Without a reply the SuperNode waits until the task's token expires (60 s) and then answers for it, so whatever fails
@@ -44,6 +48,8 @@ def main(token: str, kind: str, address: str, site: str) -> None:
         kind: the task's type.
         address: HOST:PORT of the SuperNode on this machine.
         site: the site's folder.
+        known: the plans of earlier tasks (`dp.plans.kept`), so that they are not made again; b"" at first.
+        back: takes the plans that there are after this task.
     """
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
@@ -52,6 +58,7 @@ def main(token: str, kind: str, address: str, site: str) -> None:
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     _die_with(os.getppid())
+    began = time.monotonic()
     interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)]
     client = RuntimeHttpClient.from_server_address(
         address, True, None, interceptors, retry_invoker=make_simple_http_retry_invoker()
@@ -59,7 +66,7 @@ def main(token: str, kind: str, address: str, site: str) -> None:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     message, context, run, fab = pull_task_input(client)
-    folder = Path(site)
+    folder, pulled = Path(site), time.monotonic()
     try:
         inspect.task_kind(kind)
         inspect.app(fab.content, fab.hash_str, run.fab_id, run.fab_version)
@@ -71,11 +78,16 @@ def main(token: str, kind: str, address: str, site: str) -> None:
     else:
         del fab
         context.node_config = {SITE_KEY: site}
-        reply = answer(_installed, message, context, folder)
+        reply, known = answer(_installed, message, context, folder, known)
+        back.send_bytes(known)
+    worked = time.monotonic()
     push_message(client, reply, context)
     push_task_output(client, None, "completed", "")  # without a context: nothing of a run is kept outside the site
     heartbeat.stop()
     client.close()
+    seconds = (pulled - began, worked - pulled, time.monotonic() - worked)  # to the site's own log
+    told = "received in {:.1f} s, worked on for {:.1f} s, handed over in {:.1f} s".format(*seconds)
+    print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S} task: {message.metadata.message_type} {told}", file=sys.stderr)
 
 
 def note(site: Path, reason: str, content: bytes) -> None:
@@ -83,14 +95,17 @@ def note(site: Path, reason: str, content: bytes) -> None:
     log.append(site, "request", outcome=reason, bundle=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
-def answer(app: App, message: Message, context: Context, site: Path) -> Message:
+def answer(app: App, message: Message, context: Context, site: Path, known: bytes = b"") -> tuple[Message, bytes]:
     """The app's reply, made in a child process that has ended when this returns; or the constant `failed`.
+
+    With it the plans that the child had at its end, see `dp.plans.kept`.
 
     Args:
         app: the ClientApp.
         message: what the server asks.
         context: with the site's folder in node_config.
         site: that folder.
+        known: the plans of earlier tasks.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -99,7 +114,7 @@ def answer(app: App, message: Message, context: Context, site: Path) -> Message:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _work(app, message, context, writing, parent)
+        _work(app, message, context, known, writing, parent)
     os.close(writing)
     try:
         with os.fdopen(reading, "rb") as file:
@@ -110,13 +125,13 @@ def answer(app: App, message: Message, context: Context, site: Path) -> Message:
         _, status = os.waitpid(child, 0)
     if status == 0:
         try:
-            content = pickle.loads(data)  # from our own child
+            content, known_now = pickle.loads(data)  # from our own child
             if isinstance(content, RecordDict):
-                return Message(content, reply_to=message)
+                return Message(content, reply_to=message), known_now
         except Exception:
             traceback.print_exc()
     print(f"task: the work ended with status {status}; the server hears 'failed'", file=sys.stderr)
-    return Message(wire.reply_record(failed(site)), reply_to=message)
+    return Message(wire.reply_record(failed(site)), reply_to=message), known
 
 
 def failed(site: Path) -> Reply:
@@ -137,7 +152,7 @@ def _installed(message: Message, context: Context) -> Message:
     return app(message, context)
 
 
-def _work(app: App, message: Message, context: Context, writing: int, parent: int) -> None:
+def _work(app: App, message: Message, context: Context, known: bytes, writing: int, parent: int) -> None:
     """In the child. Nothing returns from here, and no handler or exit hook of the parent's runs."""
     status = 1
     try:
@@ -145,8 +160,9 @@ def _work(app: App, message: Message, context: Context, writing: int, parent: in
             signal.signal(number, signal.SIG_DFL)
         _die_with(parent)
         _first_to_go()
+        plans.take(known)
         reply = app(message, context)
-        data = pickle.dumps(reply.content, protocol=pickle.HIGHEST_PROTOCOL)
+        data = pickle.dumps((reply.content, plans.kept()), protocol=pickle.HIGHEST_PROTOCOL)
         with os.fdopen(writing, "wb") as file:
             file.write(data)
         status = 0
