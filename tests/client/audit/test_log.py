@@ -1,4 +1,4 @@
-"""The audit log: what was written is there after any crash, in order, under one key; its anchor changes with each record."""
+"""The audit log: what was written is there after any crash, in order, under one key; anchors tell every state apart."""
 
 import json
 import multiprocessing

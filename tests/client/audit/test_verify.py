@@ -1,4 +1,4 @@
-"""Whatever is done to the log's files, `verify` finds it, up to the last anchor; and nothing else does it call changed."""
+"""Whatever is done to the log, `verify` finds it, up to the last anchor; and nothing else does it call changed."""
 
 import shutil
 
