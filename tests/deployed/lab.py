@@ -66,7 +66,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 @dataclass
 class Lab:
-    """One federation below `root`. `hosts` maps a role (coordinator, a site's name) to the words that run commands there."""
+    """One federation below `root`. `hosts` maps a role (coordinator, a site) to the words that run a command at it."""
 
     root: Path
     address: str = "127.0.0.1"
