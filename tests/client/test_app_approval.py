@@ -2,6 +2,7 @@
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_a_change_of_the_policy_is_in_the_log_once(here, order):
 
 # ------------------------------------------------------------------------------------------------- doors for research
 
-DOORS = {
+DOORS: dict[str, dict[str, Any]] = {
     "no privacy": {"privacy": {"enabled": False}},
     "image unit": {"privacy": {"unit": "image"}},
     "engine for trained weights": {"privacy": {"engine": "opacus"}},
@@ -231,7 +232,7 @@ def test_each_door_for_research_is_shut_at_a_hospital(make_site, make_run, order
     told = ask(here, "query", order)
     assert told.status == "refused" and "consent" not in told.reason  # it is this door that is shut
     with pytest.MonkeyPatch.context() as patch:  # even if it had been let in once
-        patch.setattr(app.approvals, "check", lambda *args: None)
+        patch.setattr(approvals, "check", lambda *args: None)
         assert ask(here, "train", order, round_=1, model=weights(run)) == FAILED
         assert ask(here, "evaluate", order, model=weights(run)) == FAILED
     assert not here.ledger.exists() and not events(here, "release")

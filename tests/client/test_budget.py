@@ -8,7 +8,7 @@ import pytest
 
 from fedscan_client import budget, site
 from fedscan_client.audit import log
-from fedscan_client.dp import ledger
+from fedscan_client.dp import ledger, ledger_file
 from fedscan_core import accounting, files, policy
 from fedscan_core.errors import ConfigError, FolderError
 
@@ -36,7 +36,7 @@ def raised(here, epsilon=12.0, delta=None, **words):
 
 
 def test_what_is_published_is_what_the_ledger_has_left(make_site, here, tmp_path):
-    assert budget.remaining(here) == (5.0, pytest.approx(9e-5))
+    assert budget.remaining(here) == pytest.approx((5.0, 9e-5))
     told = json.loads(json.dumps(budget.public_policy(here)))
     assert policy.from_public(told)[0].max_epsilon == 5.0 and told["site"] == "north" and told["max_epsilon"] == 8.0
     assert budget.remaining(make_site(tmp_path / "new", max_epsilon=2.0)) == (2.0, 1e-3)  # no run was admitted yet
@@ -139,7 +139,7 @@ def test_nothing_is_raised_under_an_agent_at_work(here, monkeypatch):
     def taken(*args, **kwargs):
         raise FolderError("Another agent works with it.", remedy="Stop it first.")
 
-    monkeypatch.setattr(ledger.ledger_file, "writing", taken)
+    monkeypatch.setattr(ledger_file, "writing", taken)
     before = (here.folder / site.FILE).read_text()
     with pytest.raises(FolderError):
         raised(here)
