@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from fedscan_client.audit.verify import Report
 
 _WHAT = """\
-The site's audit log says what left this building, who decided, looked at or changed what, and when; it names no patient.
-Each line is bound to the one before under a key of this site, and the coordinator keeps a digest of it after every
-answer, which tells it nothing but lets this site find later whether its own log lost anything.
+The site's audit log says what left this building, who decided, looked at or changed what, and when; it names no
+patient. Each line is bound to the one before under a key of this site. After every answer the coordinator keeps a digest of the
+whole, which tells it nothing, but lets this site find out later whether its own log lost anything.
 
   fedscan agent audit show SITE_DIR --released      what left my site?
   fedscan agent audit verify SITE_DIR               is the log what was written?
@@ -241,5 +241,5 @@ def _print_left(left: "Left", console: "Console") -> None:
     plain = left.answers.get("ok", 0) - sum(it.times for it in left.released if it.first)
     others += [f"{plain:,} public plan(s)"] if plain > 0 else []
     if others:
-        text = f"Besides: {', '.join(others)}; these answers are constants, public plans or reasons, the same for any data."
+        text = f"Besides, constants and public plans or reasons, which hold nothing of any image: {', '.join(others)}."
         console.print(text, soft_wrap=True)

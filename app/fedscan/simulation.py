@@ -11,7 +11,6 @@ Everything up to the first round is undone when it fails; from then on the folde
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -160,7 +159,7 @@ def resume(
         watch(Progress("done", run.train.rounds, run.train.rounds, 0, 0, notes=("The run was finished already.",)))
         return tracking.read_summary(folder)
     _check_backend(run)
-    with _locked(folder), _logged(folder), _threads():
+    with tracking.locked(folder), _logged(folder), _threads():
         everybody = (*state.sites, *state.evaluation_only)
         for number, name in enumerate(everybody):  # the images may have gone since
             federation.check_site(run, sites.load(folder / SITES / name), name in state.sites)
@@ -299,7 +298,7 @@ def _new_folder(folder: Path) -> Iterator[Callable[[], None]]:
     tracking.create(folder)
     started = threading.Event()
     try:
-        with _locked(folder):
+        with tracking.locked(folder):
             yield started.set
     except OSError as error:
         if started.is_set():
@@ -327,19 +326,6 @@ def _threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process works on a run folder; the lock dies with the process."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderError(
-                f"Another process is working on {folder}.", remedy="Wait for it, or stop it first."
-            ) from None
-        yield
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ day, never on patients.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -215,7 +216,7 @@ def fault(policy: Policy) -> str | None:
     for key in ("max_rounds", "max_steps"):
         if (most := getattr(policy, key)) is not None and most < 1:
             return f"{key} must be at least 1"
-    if policy.epsilon_per_year is not None and not policy.epsilon_per_year >= 0:
+    if policy.epsilon_per_year is not None and not 0 <= policy.epsilon_per_year < math.inf:
         return "epsilon_per_year is no number from 0"
     for name, key in policy.launchers.items():
         if not _is_key(key):

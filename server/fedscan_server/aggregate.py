@@ -8,7 +8,9 @@ are dicts of numpy arrays by name; only trainable parameters appear in an update
 - fedadam, fedyogi: Reddi et al. 2021, arXiv 2003.00295, algorithm 2
 """
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -22,6 +24,22 @@ from fedscan_core.wire import Arrays
 # does not depend on who answers first. Weights add up to 1, so nothing overflows below LIMIT.
 _GRID = 2.0**44
 LIMIT = 2.0**16
+CLAMP = 10  # a declared size counts for at most this many times the sites' median
+
+
+def weights(declared: Mapping[str, int], kind: str) -> dict[str, float]:
+    """Public shares of the sites, adding up to 1.
+
+    Args:
+        declared: site -> declared cohort size.
+        kind: "uniform", or "declared" for shares by size. Sizes are what sites say of themselves, so each is clamped to
+            CLAMP times their (lower) median: a site that claims a million patients does not own the model.
+    """
+    if kind == "uniform":
+        return dict.fromkeys(declared, 1 / len(declared))
+    most = CLAMP * statistics.median_low(declared.values())
+    clamped = {name: float(min(size, most)) for name, size in declared.items()}
+    return {name: size / math.fsum(clamped.values()) for name, size in clamped.items()}
 
 
 @dataclass
@@ -48,8 +66,14 @@ class RunningSum:
         return {name: total / (_GRID * float(self.weight)) for name, total in self.total.items()}
 
 
-def check_update(update: Arrays | None, model: Arrays, trainable: frozenset[str]) -> Arrays:
+def check_update(update: Arrays | None, model: Arrays, trainable: frozenset[str], longest: float = math.inf) -> Arrays:
     """Returns a site's update if it is exactly the trainable part of the model, finite and within bounds.
+
+    Args:
+        update: name -> array, as it came.
+        model: this round's global model.
+        trainable: the names of what is trained.
+        longest: L2 norm that an honest update does not exceed; see `fedscan_server.bound`.
 
     Raises:
         WireError: otherwise; the run drops this update, records why, and goes on.
@@ -63,7 +87,14 @@ def check_update(update: Arrays | None, model: Arrays, trainable: frozenset[str]
             raise WireError(f"parameter '{name}' of the update is not finite")
         if array.size and float(np.abs(array).max()) >= LIMIT:
             raise WireError(f"parameter '{name}' of the update exceeds {LIMIT:g}")
+    if longest < math.inf and norm(update) > longest:
+        raise WireError("the update is longer than clip, steps, noise and the declared cohort allow")
     return update
+
+
+def norm(arrays: Arrays) -> float:
+    """The L2 norm of all arrays together."""
+    return math.sqrt(math.fsum(float(np.square(array, dtype=np.float64).sum()) for array in arrays.values()))
 
 
 # A strategy maps (settings, state, mean update) to (step, new state). State is a flat dict of float64 arrays, so that

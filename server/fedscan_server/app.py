@@ -2,74 +2,36 @@
 
     declare -> (send model -> add updates as they come -> step -> checkpoint -> record) x rounds -> evaluate -> summary
 
-Whoever starts a run hands over a `Job`: in simulation `fedscan.simulation` does.
+Whoever starts a run hands over a `Job`: in simulation `fedscan.simulation` does, for hospitals
+`fedscan_server.deployed`. Who is asked and for how long is in `fedscan_server.rounds` and `rounds_declare`.
 """
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from fedscan_core import accounting, config, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, RunFailed, WireError
-from fedscan_core.order import Order
 from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import registry
-from fedscan_server import aggregate, checkpoint, evaluate, tracking
+from fedscan_server import aggregate, bound, checkpoint, evaluate, tracking
 from fedscan_server.checkpoint import Checkpoint
+from fedscan_server.rounds import NO_ANSWER, UNKNOWN, UNREACHABLE, Job, Mail, exchange
+from fedscan_server.rounds_declare import Nodes, declare
+from fedscan_server.tracking import Progress
 
-POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a live view shows. `phase`: declare, round, evaluate, done."""
-
-    phase: str
-    round: int
-    rounds: int
-    sites_done: int
-    sites: int
-    epsilon_low: float = 0.0
-    epsilon_high: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run for the server.
-
-    Attributes:
-        run: the experiment.
-        order: what is asked of the sites, under an id that is this run's for ever.
-        folder: the run folder, made already.
-        sites: how many nodes to wait for before the run begins; some runtimes connect them one by one.
-        judge: simulation only: exact metrics of a model on pretend held-out patients.
-        watch: told of every step.
-        stop: set by somebody else to end the run between two messages; it stays resumable.
-        timeout: seconds to wait for the sites of one round; None = for ever.
-    """
-
-    run: RunConfig
-    order: Order
-    folder: Path
-    sites: int = 1
-    judge: Callable[[Arrays], dict[str, Any]] | None = None
-    watch: Callable[[Progress], None] = lambda progress: None
-    stop: threading.Event = field(default_factory=threading.Event)
-    timeout: float | None = None
+__all__ = ["Job", "Progress", "initial_model", "make_app", "run_rounds"]
 
 
 def make_app(job: Job) -> ServerApp:
@@ -88,68 +50,83 @@ def run_rounds(grid: Grid, job: Job) -> None:
 
     Raises:
         ConfigError: too few sites take part; nothing was trained.
+        FolderError: the run folder is damaged or another run's.
         RunFailed: every round was void, or the job was stopped.
     """
     run, began = job.run, time.monotonic()
     sha = config.sha256(run)
-    model, trainable = initial_model(run)
-    state = checkpoint.latest(job.folder, sha) or Checkpoint(0, model, model, {})
-    nodes, plans = _declare(grid, job, state.round)
-    weights = _weights(run, plans)
-    needed = min(run.aggregation.min_sites, len(plans))
+    model, trainable = initial_model(run, job.init, job.disk.read)
+    state = checkpoint.latest(job.folder, sha, job.disk) or Checkpoint(0, model, model, {})
+    mail = Mail(grid, job)
+    nodes, plans = declare(mail, state.round)
+    weights = aggregate.weights({n: plan.patients_declared for n, plan in plans.items()}, run.aggregation.weights)
+    quorum = job.quorum(len(plans))
     tracking.keep_rounds(job.folder, state.round)
     metrics: dict[str, Any] = {}
 
     for round_ in range(state.round + 1, run.train.rounds + 1):
         started = time.monotonic()
-        total, notes, up = aggregate.RunningSum(), list[str](), 0
-        out = Request(job.order, round_, state.model)
-        for name, reply in _exchange(grid, job, "train", out, nodes):
+        total, notes, missing, up = aggregate.RunningSum(), list[str](), list[str](), 0
+        longest = _longest(run, plans, state.model, trainable)
+        for answer in exchange(mail, "train", Request(job.order, round_, state.model), nodes, list(plans)):
             try:
-                update = _usable(reply, state.model, trainable)
-                total.add(update, weights[name])
+                update = _usable(answer.reply, state.model, trainable, longest[answer.site])
+                total.add(update, weights[answer.site])
                 up += wire.nbytes(update)
             except WireError as error:
-                notes.append(f"{name}: {error}")
-            if (answered := total.sites + len(notes)) < len(nodes):  # the last one is told with the round's record
+                notes.append(f"{answer.site}: {error}")
+                missing += [answer.site] if str(error) in _MISSING else []
+            if (answered := total.sites + len(notes)) < len(plans):  # the last one is told with the round's record
                 low, high = _spent(run, plans, round_ * run.train.local_steps)  # the noise is drawn before it comes
-                job.watch(Progress("round", round_, run.train.rounds, answered, len(nodes), low, high))
-        void = total.sites < needed
+                job.watch(Progress("round", round_, run.train.rounds, answered, len(plans), low, high))
+        void = total.sites < quorum
         state = _step(run, state, None if void else total, round_)
         low, high = _spent(run, plans, round_ * run.train.local_steps)
         metrics = _judge(job, state, round_)
+        late, mail.late = mail.late, []
         tracking.add_round(  # before the checkpoint: a crash between the two does the round again and loses no line
             job.folder,
             {
                 "round": round_,
                 "sites": total.sites,
-                "dropped": notes,
+                "dropped": sorted(notes),
                 "void": void,
                 "epsilon_spent_min": low,
                 "epsilon_spent_max": high,
                 "bytes_up": up,
-                "bytes_down": wire.nbytes(state.model) * len(nodes),
+                "bytes_down": wire.nbytes(state.model) * len(plans),
                 "seconds": round(time.monotonic() - started, 4),
+                **({"missing": sorted(missing), "late": sorted(late)} if job.deployed else {}),
                 **({"metrics": metrics} if metrics else {}),
             },
         )
-        checkpoint.write(job.folder, state, sha)
-        job.watch(Progress("round", round_, run.train.rounds, len(nodes), len(nodes), low, high, metrics, tuple(notes)))
+        checkpoint.write(job.folder, state, sha, job.disk)
+        job.watch(Progress("round", round_, run.train.rounds, len(plans), len(plans), low, high, metrics, tuple(notes)))
 
     records = tracking.read_rounds(job.folder)
     if all(record["void"] for record in records):
         reasons = {note for record in records for note in record["dropped"]}
         raise RunFailed(
-            f"No round had {needed} usable updates; the model is the one it started from.",
+            f"No round had {quorum} usable updates; the model is the one it started from.",
             remedy="; ".join(sorted(reasons)[:3]) or "Look into the sites' own logs.",
         )
     if job.judge and not metrics:  # resumed after the last round
         metrics = job.judge(state.average)
-    _finish(grid, job, state, nodes, plans, records, metrics, time.monotonic() - began)
+    _finish(mail, state, nodes, plans, records, metrics, time.monotonic() - began)
 
 
-def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
-    """The start weights (from the seed, or the local file of model.init) and the names of what is trained.
+_MISSING = (NO_ANSWER, UNREACHABLE, UNKNOWN)
+
+
+def initial_model(
+    run: RunConfig, file: Path | None = None, read: Callable[[Path], bytes] = Path.read_bytes
+) -> tuple[Arrays, frozenset[str]]:
+    """The start weights (from the seed, or a local file) and the names of what is trained.
+
+    Args:
+        run: the experiment.
+        file: stands for model.init, where that names a file on somebody else's machine.
+        read: how the file is read.
 
     Raises:
         ConfigError: the file is missing, is no safetensors file, or does not fit the network.
@@ -159,15 +136,16 @@ def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
     model: Arrays = {name: tensor.numpy().copy() for name, tensor in network.module.state_dict().items()}
     if run.model.init == "random":
         return model, trainable
+    path = file or Path(run.model.init)
     remedy = "Set model.init to a file this model was saved to, or to 'random'."
     try:
-        loaded: Arrays = load_file(run.model.init)
+        loaded: Arrays = load(read(path))
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"model.init: {run.model.init} cannot be read: {error}.", remedy=remedy) from None
+        raise ConfigError(f"model.init: {path} cannot be read: {error}.", remedy=remedy) from None
     for name, array in model.items():
         if name not in loaded or loaded[name].shape != array.shape:
             raise ConfigError(
-                f"model.init: {run.model.init} does not fit: '{name}' has another shape or is missing.", remedy=remedy
+                f"model.init: {path} does not fit: '{name}' has another shape or is missing.", remedy=remedy
             )
     return {name: loaded[name].astype(array.dtype) for name, array in model.items()}, trainable
 
@@ -175,103 +153,19 @@ def initial_model(run: RunConfig) -> tuple[Arrays, frozenset[str]]:
 # ------------------------------------------------------------------------------------------------ the steps of a run
 
 
-def _declare(grid: Grid, job: Job, done: int) -> tuple[dict[int, str], dict[str, SitePlan]]:
-    """Asks every site for its plan. The run goes on without the sites that refuse, as long as there are enough.
-
-    Raises:
-        ConfigError: too few sites take part; it names the first refusals and their reasons.
-    """
-    nodes = {node: str(node) for node in _connected(grid, job)}
-    request = Request(job.order, 0)
-    plans: dict[str, SitePlan] = {}
-    names: dict[int, str] = {}
-    refused: list[str] = []
-    for name, reply, node in _replies(grid, job, "query", request, nodes):
-        if isinstance(reply, str):
-            refused.append(f"node {name}: {reply}")
-        elif reply.status != "ok" or reply.plan is None:
-            refused.append(f"{reply.site}: {reply.reason or 'could not answer'}")
-        elif reply.site in plans:
-            refused.append(f"node {name}: answers as {reply.site}, which another node does already")
-        elif fault := accounting.plan_fault(job.run, reply.plan):
-            refused.append(f"{reply.site}: {fault}")
-        else:
-            plans[reply.site] = reply.plan
-            names[node] = reply.site
-        job.watch(Progress("declare", done, job.run.train.rounds, len(plans), len(nodes), notes=tuple(refused[-1:])))
-    if len(plans) < min(job.run.aggregation.min_sites, len(nodes)) or not plans:
-        needed = min(job.run.aggregation.min_sites, len(nodes)) or 1
-        raise ConfigError(
-            f"{len(plans)} of {len(nodes)} sites take part, {needed} needed. Refused: {'; '.join(sorted(refused)[:5])}",
-            remedy="Ask for what the sites' policies allow.",
-        )
-    return dict(sorted(names.items(), key=lambda item: item[1])), plans
+def _longest(run: RunConfig, plans: dict[str, SitePlan], model: Arrays, trainable: frozenset[str]) -> dict[str, float]:
+    """How long each site's update of this round may be."""
+    trained = {name: model[name] for name in trainable}
+    entries, start = sum(array.size for array in trained.values()), aggregate.norm(trained)
+    return {name: bound.longest(run, plan, entries, start) for name, plan in plans.items()}
 
 
-def _connected(grid: Grid, job: Job) -> list[int]:
-    """The nodes, once as many are there as the job waits for, or its time is over."""
-    give_up = math.inf if job.timeout is None else time.monotonic() + job.timeout
-    while len(nodes := list(grid.get_node_ids())) < job.sites and time.monotonic() < give_up:
-        if job.stop.wait(POLL_SECONDS):
-            raise RunFailed("The run was stopped.")
-    return nodes
-
-
-def _weights(run: RunConfig, plans: dict[str, SitePlan]) -> dict[str, float]:
-    """Public shares of the sites, adding up to 1."""
-    size = {n: float(p.patients_declared) if run.aggregation.weights == "declared" else 1.0 for n, p in plans.items()}
-    return {name: value / math.fsum(size.values()) for name, value in size.items()}
-
-
-def _exchange(
-    grid: Grid, job: Job, kind: str, request: Request, nodes: dict[int, str]
-) -> Iterator[tuple[str, Reply | str]]:
-    """(site name, reply or what was wrong with it), as they arrive; a site that answers as another is dropped."""
-    for name, reply, _ in _replies(grid, job, kind, request, nodes):
-        if isinstance(reply, Reply) and reply.site != name:
-            yield name, f"answered as {reply.site}"
-        else:
-            yield name, reply
-
-
-def _replies(
-    grid: Grid, job: Job, kind: str, request: Request, nodes: dict[int, str]
-) -> Iterator[tuple[str, Reply | str, int]]:
-    content = wire.request_record(request)
-    messages = [Message(content, dst_node_id=node, message_type=kind) for node in nodes]
-    waiting = set(grid.push_messages(messages))
-    give_up = math.inf if job.timeout is None else time.monotonic() + job.timeout
-    heard: set[int] = set()
-    while waiting and time.monotonic() < give_up:
-        if job.stop.is_set():
-            raise RunFailed("The run was stopped.")
-        arrived = list(grid.pull_messages(waiting))
-        for message in arrived:
-            waiting.discard(message.metadata.reply_to_message_id)
-            node = message.metadata.src_node_id
-            heard.add(node)
-            yield nodes[node], _read(message), node
-        if not arrived:
-            time.sleep(POLL_SECONDS)
-    for node in nodes.keys() - heard:
-        yield nodes[node], "did not answer in time", node
-
-
-def _read(message: Message) -> Reply | str:
-    if message.has_error():
-        return "the site's app did not answer"
-    try:
-        return wire.read_reply(message.content)
-    except WireError as error:
-        return str(error)
-
-
-def _usable(reply: Reply | str, model: Arrays, trainable: frozenset[str]) -> Arrays:
+def _usable(reply: Reply | str, model: Arrays, trainable: frozenset[str], longest: float) -> Arrays:
     if isinstance(reply, str):
         raise WireError(reply)
     if reply.status != "ok":
         raise WireError(reply.reason or reply.status)
-    return aggregate.check_update(reply.update, model, trainable)
+    return aggregate.check_update(reply.update, model, trainable, longest)
 
 
 def _step(run: RunConfig, state: Checkpoint, total: aggregate.RunningSum | None, round_: int) -> Checkpoint:
@@ -307,32 +201,32 @@ def _spent(run: RunConfig, plans: dict[str, SitePlan], steps: int) -> tuple[floa
 
 
 def _finish(
-    grid: Grid,
-    job: Job,
+    mail: Mail,
     state: Checkpoint,
-    nodes: dict[int, str],
+    nodes: Nodes,
     plans: dict[str, SitePlan],
     records: list[dict[str, Any]],
     metrics: dict[str, Any],
     seconds: float,
 ) -> None:
     """The private evaluation if the run has one, then the released model and the summary."""
+    job = mail.job
     run = job.run
     if run.evaluation.private and run.privacy.enabled:
         released: list[np.ndarray] = []
         noise: list[float] = []
         request = Request(job.order, wire.EVALUATION_ROUND, state.average)
-        for name, reply in _exchange(grid, job, "evaluate", request, nodes):
+        for answer in exchange(mail, "evaluate", request, nodes, list(plans)):
+            reply = answer.reply
             if isinstance(reply, Reply) and reply.status == "ok" and evaluate.fits(run, reply.histogram):
                 assert reply.histogram is not None
                 released.append(reply.histogram)
-                noise.append(plans[name].evaluation_noise)
-            job.watch(Progress("evaluate", run.train.rounds, run.train.rounds, len(released), len(nodes)))
+                noise.append(plans[answer.site].evaluation_noise)
+            job.watch(Progress("evaluate", run.train.rounds, run.train.rounds, len(released), len(plans)))
         metrics |= evaluate.private_metrics(run, released, noise)
     sha = config.sha256(run)
-    tracking.write_model(
-        job.folder, state.average, {"run": run.name, "config_sha256": sha, "labels": "|".join(run.task.labels)}
-    )
+    about = {"run": run.name, "config_sha256": sha, "labels": "|".join(run.task.labels)}
+    tracking.write_model(job.folder, state.average, about, job.disk)
     summary = {
         "run": run.name,
         "run_id": job.order.run_id,
@@ -353,6 +247,6 @@ def _finish(
         ],
         "metrics": metrics,
     }
-    tracking.write_summary(job.folder, summary)
+    tracking.write_summary(job.folder, summary, job.disk)
     low, high = _spent(run, plans, run.train.rounds * run.train.local_steps)
-    job.watch(Progress("done", run.train.rounds, run.train.rounds, len(nodes), len(nodes), low, high, metrics))
+    job.watch(Progress("done", run.train.rounds, run.train.rounds, len(plans), len(plans), low, high, metrics))

@@ -6,15 +6,24 @@ summary.json        the run as a whole, written at the end
 model.safetensors   the released model
 checkpoints/        the server's state, for --resume
 log.txt             what the terminal showed, and the logs of Flower
+
+A deployed run has three more: state.json (where it stands), progress.jsonl (what a live view shows, a line a step), and
+for a while `stop`, which somebody else made to end the run.
 """
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors.numpy import save
 
@@ -23,6 +32,36 @@ from fedscan_core.files import write_atomic
 from fedscan_core.wire import Arrays
 
 ROUNDS, SUMMARY, MODEL, RUN = "rounds.jsonl", "summary.json", "model.safetensors", "run.toml"
+STATE, PROGRESS, STOP, LOG = "state.json", "progress.jsonl", "stop", "log.txt"
+
+State = Literal["waiting", "running", "finished", "failed", "stopped"]
+FINAL: tuple[State, ...] = ("finished", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a live view shows. `phase`: declare, round, evaluate, done (simulation has prepare before them)."""
+
+    phase: str
+    round: int
+    rounds: int
+    sites_done: int
+    sites: int
+    epsilon_low: float = 0.0
+    epsilon_high: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """How models and the summary are read and written: as they are, or encrypted at rest where a coordinator asks."""
+
+    read: Callable[[Path], bytes] = Path.read_bytes
+    write: Callable[[Path, bytes], None] = write_atomic
+
+
+PLAIN = Disk()
 
 
 def create(folder: Path) -> None:
@@ -48,12 +87,26 @@ def create(folder: Path) -> None:
         raise FolderError(f"{folder} cannot be written.", remedy="Check its permissions, or give another --out.")
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process works on a run folder; the lock dies with the process.
+
+    Raises:
+        FolderError: another one does.
+    """
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(
+                f"Another process is working on {folder}.", remedy="Wait for it, or stop it first."
+            ) from None
+        yield
+
+
 def add_round(folder: Path, record: dict[str, Any]) -> None:
     """Appends one round; what a crash left half written, `keep_rounds` dropped before."""
-    with (folder / ROUNDS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(record)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    _append(folder / ROUNDS, record)
 
 
 def keep_rounds(folder: Path, last: int) -> list[dict[str, Any]]:
@@ -65,9 +118,95 @@ def keep_rounds(folder: Path, last: int) -> list[dict[str, Any]]:
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of rounds.jsonl."""
+    return _lines(folder / ROUNDS)
+
+
+def set_state(folder: Path, state: State, reason: str = "") -> None:
+    """Writes where a deployed run stands, and why in words that may be shown to a researcher."""
+    record = {"state": state, "reason": reason, "utc": _now()}
+    write_atomic(folder / STATE, (json.dumps(record) + "\n").encode())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """{"state", "reason", "utc"}; a run that has not begun is waiting.
+
+    Raises:
+        FolderError: the file is there and damaged.
+    """
+    path = folder / STATE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record.keys() != {"state", "reason", "utc"} or record["state"] not in get_args(State):
+            raise ValueError
+    except FileNotFoundError:
+        return {"state": "waiting", "reason": "", "utc": ""}
+    except (OSError, ValueError, AttributeError):
+        raise FolderError(f"{path} cannot be read.", remedy="Look into the run's log.txt.") from None
+    return record
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Ends a deployed run between two messages; it stays resumable."""
+    write_atomic(folder / STOP, b"")
+
+
+def forget_stop(folder: Path) -> None:
+    """Takes the wish to stop back, before a resume."""
+    (folder / STOP).unlink(missing_ok=True)
+
+
+def add_progress(folder: Path, progress: Progress) -> None:
+    """Appends one step as a line: the fields of `Progress` and "utc"."""
+    _append(folder / PROGRESS, {"utc": _now(), **dataclasses.asdict(progress)}, sync=False)
+
+
+def read_progress(folder: Path, after: int = 0) -> list[dict[str, Any]]:
+    """The steps from line `after` on (from 0)."""
+    return _lines(folder / PROGRESS, after)
+
+
+def progress_of(line: dict[str, Any]) -> Progress:
+    """The step that `add_progress` wrote; an epsilon that JSON could not hold is infinite."""
+    known = {name: line[name] for name in (f.name for f in dataclasses.fields(Progress)) if name in line}
+    for name in ("epsilon_low", "epsilon_high"):
+        known[name] = math.inf if known.get(name, 0.0) is None else known.get(name, 0.0)
+    return Progress(**known | {"notes": tuple(known.get("notes", ()))})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _append(path: Path, record: dict[str, Any], *, sync: bool = True) -> None:
+    """One line at the end of a file (0600 when new); what a crash left half written before it is cut off."""
+    data = (json.dumps(_plain(record)) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "r+b") as file:
+        size = _whole(file.seek(0, os.SEEK_END), file)
+        file.truncate(size)
+        file.seek(size)
+        file.write(data)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def _whole(size: int, file: Any) -> int:
+    """Where the last whole line ends."""
+    while size:
+        first = max(0, size - 4096)
+        file.seek(first)
+        found = file.read(size - first).rfind(b"\n")
+        if found >= 0:
+            return int(first + found + 1)
+        size = first
+    return 0
+
+
+def _lines(path: Path, after: int = 0) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    path = folder / ROUNDS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_bytes() if path.exists() else b""
+    for line in text[: text.rfind(b"\n") + 1].split(b"\n")[after:-1]:
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -75,27 +214,27 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+def write_summary(folder: Path, summary: dict[str, Any], disk: Disk = PLAIN) -> None:
     """Writes summary.json."""
-    write_atomic(folder / SUMMARY, (json.dumps(_plain(summary), indent=2) + "\n").encode())
+    disk.write(folder / SUMMARY, (json.dumps(_plain(summary), indent=2) + "\n").encode())
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path, disk: Disk = PLAIN) -> dict[str, Any]:
     """Reads summary.json.
 
     Raises:
         FolderError: it is not there or damaged.
     """
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads(disk.read(folder / SUMMARY))
     except (OSError, ValueError):
         raise FolderError(f"{folder / SUMMARY} cannot be read.", remedy="Was the run finished?") from None
     return summary
 
 
-def write_model(folder: Path, model: Arrays, about: dict[str, str]) -> None:
+def write_model(folder: Path, model: Arrays, about: dict[str, str], disk: Disk = PLAIN) -> None:
     """Writes the released model."""
-    write_atomic(folder / MODEL, save(model, metadata=about))
+    disk.write(folder / MODEL, save(model, metadata=about))
 
 
 def _plain(value: Any) -> Any:

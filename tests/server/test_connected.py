@@ -8,8 +8,8 @@ import pytest
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import RunFailed
 from fedscan_core.order import Order
-from fedscan_server import app
-from fedscan_server.app import Job
+from fedscan_server.rounds import Job
+from fedscan_server.rounds_declare import connected
 
 
 class SlowGrid:
@@ -22,21 +22,20 @@ class SlowGrid:
         return list(range(self.looks))
 
 
-def connected(grid: Any, job: Job) -> list[int]:
-    return app._connected(grid, job)
+def look(grid: Any, job: Job) -> list[int]:
+    return connected(grid, job)
 
 
-def test_it_waits_for_all_of_them(monkeypatch):
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.0)
-    assert connected(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=4)) == [0, 1, 2, 3]
+def test_it_waits_for_all_of_them():
+    assert look(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=4, poll=0.0)) == [0, 1, 2, 3]
 
 
 def test_it_goes_on_with_those_there_when_time_is_over():
-    assert connected(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=100, timeout=0.0)) == [0]
+    assert look(SlowGrid(), Job(RunConfig(), Order("r", "{}"), Path(), sites=100, timeout=0.0)) == [0]
 
 
 def test_it_can_be_stopped():
     job = Job(RunConfig(), Order("r", "{}"), Path(), sites=10**9)
     job.stop.set()
     with pytest.raises(RunFailed, match="stopped"):
-        connected(SlowGrid(), job)
+        look(SlowGrid(), job)

@@ -108,10 +108,8 @@ def find(site_folder: Path, *, event: str = "", run_id: str = "", last: int = 0)
 
 def words(record: dict[str, Any]) -> str:
     """A record's fields in one line, without its time and event; empty ones are left out."""
-    fields = [
-        f"{name} {_short(value)}" for name, value in record.items() if name not in _ABOUT and value not in ("", {})
-    ]
-    return ", ".join(fields)
+    fields = ((name, value) for name, value in record.items() if name not in _ABOUT and value not in ("", {}))
+    return ", ".join(f"{name} {_short(value)}" for name, value in fields)
 
 
 def _short(value: Any) -> str:
