@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fedscan import cli_agent, cli_phantom, cli_server
+from fedscan import cli_agent, cli_launch, cli_phantom, cli_server
 from fedscan_core.errors import FedscanError
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_phantom.add(commands)
     cli_agent.add(commands)
+    cli_launch.add(commands)
     cli_server.add(commands)
     return parser
 

@@ -7,10 +7,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -20,7 +21,8 @@ from rich.text import Text
 from fedscan_core.config import RunConfig
 
 if TYPE_CHECKING:
-    from fedscan_server.app import Progress as Step
+    from fedscan.people import Run
+    from fedscan_server.tracking import Progress as Step
 
 NO_PRIVACY = "NO PRIVACY"
 _log = logging.getLogger("fedscan")
@@ -43,17 +45,17 @@ class View:
     """A context manager that is told every step of a run.
 
     Args:
-        run: the experiment.
+        run: the experiment; None where only its progress is known.
         console: where it is shown; the live form where that is a terminal.
     """
 
-    def __init__(self, run: RunConfig, console: Console) -> None:
-        self.private = run.privacy.enabled
+    def __init__(self, run: RunConfig | None, console: Console) -> None:
+        self.private = run is None or run.privacy.enabled
         self._head = "" if self.private else f"{NO_PRIVACY}: "
-        self.target = run.privacy.target_epsilon
+        self.target = run.privacy.target_epsilon if run else None
         self._console = console
         self._line_at = 0.0
-        self._rounds_from: tuple[int, float] | None = None  # first round seen, and when
+        self._rounds_from: tuple[int, float] | None = None  # rounds done when the first was seen, and when
         self._metrics: Mapping[str, Any] = {}
         self._metrics_round = 0
         self._bar = Progress(
@@ -94,7 +96,7 @@ class View:
         if step.phase in ("declare", "evaluate"):
             whole = step.sites_done == step.sites or bool(step.notes)
         if step.phase == "round" and self._rounds_from is None:
-            self._rounds_from = (step.round - 1, time.monotonic())
+            self._rounds_from = (step.round - (step.sites_done < step.sites), time.monotonic())
         if self._live:
             self._show(step)
         news = bool(step.metrics or step.notes) or step.phase in ("prepare", "done") or step.round == step.rounds
@@ -116,7 +118,7 @@ class View:
                 total=step.sites,
                 eta="",
             )
-            self._live.update(self._bar)
+            self._live.update(Group(self._bar, *(Text(f"  {self._head}{note}") for note in step.notes[:8])))
             return
         done = step.round - (step.sites_done < step.sites)
         self._bar.update(
@@ -266,6 +268,23 @@ def _closing_lines(summary: Mapping[str, Any], folder: str) -> list[str]:
         lines.append("this run protected nobody. It is a baseline.")
     lines.append(f"Everything this run left is in {folder}")
     return lines if summary["privacy_enabled"] else [f"{NO_PRIVACY}: {line}" for line in lines]
+
+
+def show_runs(runs: "Sequence[Run]", console: Console) -> None:
+    """A coordinator's runs, and below the table why some of them ended."""
+    if not runs:
+        console.print("There are no runs yet.")
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for name in ("run", "state", "round", "launched by", "at (UTC)"):
+        table.add_column(name, no_wrap=name != "launched by", overflow="fold")
+    for run in runs:
+        at = run.submitted[:16].replace("T", " ")
+        table.add_row(Text(run.run_id), run.state, f"{run.round}/{run.rounds}", Text(run.launcher), at)
+    console.print(table)
+    for run in runs:
+        if run.reason:
+            console.print(Text(f"{run.run_id}: {run.reason}"), soft_wrap=not console.is_terminal)
 
 
 def consoles(quiet_stdout: bool) -> tuple[Console, Console]:

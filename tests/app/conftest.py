@@ -1,7 +1,10 @@
 """Small research tables, drawn once: most of these tests only need something that trains in a second."""
 
 import csv
+import runpy
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,3 +62,37 @@ def run_for():
         return config_file.parse(tree)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def fake_edge():
+    """The names of fake_edge.py."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fake_edge.py")))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The folder of a researcher's profiles; no proxy of this machine is in the way."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "config" / "fedscan"
+
+
+@pytest.fixture
+def edge(fake_edge, tmp_path, home):
+    """A coordinator that answers over HTTPS on a port of its own."""
+    with fake_edge.serving(tmp_path) as serving:
+        yield serving
+
+
+@pytest.fixture
+def invite(edge, fake_edge, tmp_path):
+    """The path of a person's invitation to `edge`."""
+    from fedscan_core import invite
+
+    path, until = tmp_path / "invite-ada.toml", "2099-01-01T00:00:00+00:00"
+    fingerprint = invite.ca_fingerprint(edge.ca)
+    words = invite.Invite("person", "ada", edge.address, "Trial", fake_edge.TOKEN, until, edge.ca, fingerprint)
+    invite.write(path, words)
+    return path
