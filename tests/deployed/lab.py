@@ -229,8 +229,7 @@ class Lab:
 
         def online() -> bool:
             told = self.json("server", "sites", "--state", self.state, "--json", role="coordinator")
-            rows = told["sites"] if isinstance(told, dict) else told
-            there = {row.get("site", row.get("name")) for row in rows if row.get("online") in (True, "online")}
+            there = {row["name"] for row in told if row["state"] == "online"}
             return set(names) <= there
 
         wait_for(online, seconds, f"{', '.join(names)} online")
