@@ -110,7 +110,7 @@ def test_check_has_an_exit_code(made, tmp_path):
     assert code == 0 and "✓" in out and "✗" not in out
     os.chmod(tmp_path / "coordinator/secrets/control", 0o644)
     code, out, _ = made("check", "--json")
-    assert code == 1 and [item for item in json.loads(out) if item["verdict"] == "bad"][0]["remedy"]
+    assert code == 1 and all(item["remedy"] for item in json.loads(out) if item["verdict"] == "bad")
 
 
 def test_certificates(made, tmp_path):
@@ -148,8 +148,9 @@ def test_start_runs_until_it_is_told_to_stop(made, tmp_path):
     (c.folder / state.FILE).write_text(text)
     argv = [sys.executable, "-m", "fedscan.cli", "server", "start"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout
     try:
-        lines = []
+        lines: list[str] = []
         while not lines or not lines[-1].startswith("ready"):
             lines.append(process.stdout.readline())
             assert lines[-1] and not any("ended" in line for line in lines), (c.logs / "edge.log").read_text()

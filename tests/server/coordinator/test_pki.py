@@ -2,6 +2,7 @@ import socket
 import ssl
 import threading
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -114,7 +115,7 @@ def test_wildcards_cover_one_label(coordinator):
                 [x509.Extension(x509.SubjectAlternativeName.oid, False, x509.SubjectAlternativeName(names))]
             )
 
-    wild = Fake(x509.DNSName("*.example.org"))
+    wild: Any = Fake(x509.DNSName("*.example.org"))
     assert pki.covers(wild, "FedScan.example.org")
     assert not pki.covers(wild, "a.b.example.org") and not pki.covers(wild, "example.org")
     assert not pki.covers(wild, "10.0.0.1")

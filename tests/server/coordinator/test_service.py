@@ -91,6 +91,7 @@ service.start(c, stop, lambda name, event: print(name, event, flush=True))
 """
     assert service.pid(coordinator) is None and not service.stop(coordinator)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout
     try:
         assert process.stdout.readline() == "one started\n"
         assert service.pid(coordinator) == process.pid
@@ -116,6 +117,7 @@ with service.lock(state.load(Path({str(coordinator.folder)!r}))):
     time.sleep(99)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout
     try:
         assert process.stdout.readline() == "held\n"
     finally:

@@ -12,6 +12,12 @@ from fedscan_core.errors import ConfigError, FolderError
 from fedscan_server.coordinator import registry, sites
 
 
+def enrolled(c, name="a") -> sites.Enrolled:
+    site = sites.by_name(c, name)
+    assert site
+    return site
+
+
 def enrol(c, name, key, policy=None):
     return sites.redeem(c, sites.invite(c, name, 1).token, key, policy or {})
 
@@ -88,7 +94,7 @@ def test_a_revoked_site_is_out_with_its_key_and_its_invitations(bare, site_key):
     sites.set_node(bare, "a", 7)
     invite = sites.invite(bare, "a", 1)
     sites.revoke(bare, "a")
-    assert sites.by_name(bare, "a").revoked
+    assert enrolled(bare).revoked
     assert sites.node_names(bare) == {}
     with pytest.raises(ConfigError, match="not valid"):
         sites.redeem(bare, invite.token, site_key(), {})
@@ -146,7 +152,7 @@ def test_hours_have_bounds(bare, hours):
 def test_policies_are_kept_and_bounded(bare, site_key):
     enrol(bare, "a", site_key())
     sites.set_policy(bare, "a", {"epsilon": 1})
-    assert sites.by_name(bare, "a").policy == {"epsilon": 1}
+    assert enrolled(bare).policy == {"epsilon": 1}
     with pytest.raises(ConfigError, match="too large"):
         sites.set_policy(bare, "a", {"x": "y" * sites.POLICY_BYTES})
     with pytest.raises(ConfigError, match="no site"):
@@ -172,13 +178,13 @@ def test_anchors_are_kept_in_order_and_once(bare, site_key):
 
 def test_seen_is_written_now_and_then(bare, site_key):
     enrol(bare, "a", site_key())
-    before = sites.by_name(bare, "a").last_seen
+    before = enrolled(bare).last_seen
     sites.seen(bare, "a")
-    assert sites.by_name(bare, "a").last_seen == before  # seconds ago
+    assert enrolled(bare).last_seen == before  # seconds ago
     with registry.open_(bare) as db:
         db.execute("UPDATE site SET last_seen = ?", ((datetime.now(UTC) - timedelta(minutes=1)).isoformat(),))
     sites.seen(bare, "a")
-    assert sites.by_name(bare, "a").last_seen >= before
+    assert enrolled(bare).last_seen >= before
     sites.seen(bare, "nobody")
 
 
@@ -221,7 +227,7 @@ def test_against_a_plain_model(bare, steps):
             db.execute(f"DELETE FROM {table}")
     tokens: list[tuple[str, str]] = []
     state: dict[str, dict[str, str | None]] = {}  # token -> name, used by
-    enrolled: dict[str, str] = {}
+    held_by: dict[str, str] = {}
     ever_out: set[str] = set()
     for what, which, key in steps:
         if what == "invite":
@@ -235,30 +241,30 @@ def test_against_a_plain_model(bare, steps):
             for token, one in list(state.items()):
                 if one["name"] == which:
                     del state[token]
-            if which in enrolled:
-                ever_out.add(enrolled.pop(which))
+            if which in held_by:
+                ever_out.add(held_by.pop(which))
             try:
                 sites.revoke(bare, which)
             except ConfigError:
-                assert which not in enrolled
+                assert which not in held_by
         elif which < len(tokens):
             token, name = tokens[which]
-            one = state.get(token)
-            if one is not None and one["used"] is None:
-                good = key not in ever_out and all(held != key for n, held in enrolled.items() if n != name)
+            found = state.get(token)
+            if found is not None and found["used"] is None:
+                good = key not in ever_out and all(held != key for n, held in held_by.items() if n != name)
             else:
-                good = one is not None and one["used"] == key and enrolled.get(name) == key
+                good = found is not None and found["used"] == key and held_by.get(name) == key
             try:
                 site = sites.redeem(bare, token, key, {})
             except ConfigError:
                 assert not good
             else:
                 assert good and (site.name, site.public_key) == (name, key)
-                if name in enrolled and enrolled[name] != key:
-                    ever_out.add(enrolled[name])
-                enrolled[name] = key
+                if name in held_by and held_by[name] != key:
+                    ever_out.add(held_by[name])
+                held_by[name] = key
                 state[token] = {"name": name, "used": key}
-    assert {site.name: site.public_key for site in sites.every(bare) if not site.revoked} == enrolled
+    assert {site.name: site.public_key for site in sites.every(bare) if not site.revoked} == held_by
 
 
 def test_the_invitation_file_is_read_by_the_agent(coordinator, tmp_path):

@@ -24,6 +24,12 @@ def post(c, path, content=b"", **headers):
         return client.post(f"http://{c.superlink}{path}", content=content, headers=headers)
 
 
+def node_of(c, name) -> int:
+    site = sites.by_name(c, name)
+    assert site
+    return site.node_id
+
+
 CONTROL = ["start-run", "stop-run", "list-runs", "stream-logs", "register-node", "unregister-node", "list-nodes"]
 
 
@@ -74,7 +80,7 @@ def test_nodes_become_those_of_the_registry(live, site_key):
         sites.redeem(live, sites.invite(live, name, 1).token, key, {})
     control.reconcile(live)
     assert set(sites.node_names(live).values()) == {"a", "b"}
-    a, b = (sites.by_name(live, name).node_id for name in ("a", "b"))
+    a, b = (node_of(live, name) for name in ("a", "b"))
     assert control.register_node(live, keys["a"], "a") == a  # the same again
     sites.revoke(live, "a")
     control.reconcile(live)
@@ -84,7 +90,7 @@ def test_nodes_become_those_of_the_registry(live, site_key):
     stray = control.register_node(live, site_key(), "stray")
     control.reconcile(live)
     assert stray not in {int(node.node_id) for node in control._nodes(live) if node.status != "unregistered"}
-    assert sites.by_name(live, "b").node_id == b
+    assert node_of(live, "b") == b
     control.unregister_node(live, stray)  # gone already: fine
     assert control.online_nodes(live) == set()
 
@@ -158,6 +164,7 @@ def found(c, planted: bytes) -> list[str]:
     return [path.name for path in files if planted in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_delivered_update_leaves_no_byte_behind(coordinator, app):
     """Through Flower's own store: put, found on disk, deleted, gone from the file and from the write-ahead log."""
     from flwr.app.message.arraychunk import ArrayChunk
@@ -226,7 +233,7 @@ def test_a_stock_supernode_connects_and_a_revoked_one_is_out(coordinator, tmp_pa
         wait_for(lambda: sites.node_names(coordinator))
         with supernode(coordinator, tmp_path / "node.key", tmp_path) as (process, log):
             wait_for(lambda: control.online_nodes(coordinator) or process.poll() is not None)
-            assert control.online_nodes(coordinator) == {sites.by_name(coordinator, "a").node_id}, log.read_text()
+            assert control.online_nodes(coordinator) == {node_of(coordinator, "a")}, log.read_text()
             sites.revoke(coordinator, "a")
             start = time.monotonic()
             wait_for(lambda: process.poll() is not None)
