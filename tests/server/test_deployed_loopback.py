@@ -40,7 +40,7 @@ def run_config(rounds):
         "train": {"rounds": rounds, "learning_rate": 0.5},
         "data": {"source": "phantom"},
         "simulation": {"sites": 3, "patients": 12},
-        "federation": {"round_minutes": 3, "approval_hours": 0.1},
+        "federation": {"round_minutes": 8, "approval_hours": 0.2},
     }
     return RunConfig.model_validate(tree)
 
@@ -69,7 +69,7 @@ def supernodes(c, lab, folders):
             running[folder.name] = process
             stack.callback(process.wait)
             stack.callback(_end, process)
-        lab["wait_for"](lambda: len(control.online_nodes(c)) == len(folders), 60)
+        lab["wait_for"](lambda: len(control.online_nodes(c)) == len(folders), 200)
         yield running
 
 
@@ -98,9 +98,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_the_deployed_run_is_the_simulated_one_bit_by_bit_also_when_the_serverapp_is_killed(tmp_path, lab):
-    run = run_config(rounds=3)
+    run = run_config(rounds=2)
     fedscan.simulate(run, out=tmp_path / "simulated")
     built = federation.build(run, federation.plan(run), tmp_path / "sites", lambda done: None)
     c = lab["make"](tmp_path / "state")
@@ -108,7 +108,7 @@ def test_the_deployed_run_is_the_simulated_one_bit_by_bit_also_when_the_serverap
         folder = launch(c, run)
         began = time.monotonic()
         flower = control.start_run(c, RUN)
-        lab["wait_for"](lambda: len(tracking.read_rounds(folder)) >= 1 or state(folder) == "failed", 150)
+        lab["wait_for"](lambda: len(tracking.read_rounds(folder)) >= 1 or state(folder) == "failed", 500)
         assert state(folder) == "running", (tracking.read_state(folder), (folder / tracking.LOG).read_text())
         for pid in subprocess.run(
             ["pgrep", "-f", "flwr-serverapp", "--pgroup", str(os.getpgid(superexec.pid))],
@@ -116,13 +116,13 @@ def test_the_deployed_run_is_the_simulated_one_bit_by_bit_also_when_the_serverap
             text=True,
         ).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
-        lab["wait_for"](lambda: control.run_status(c, flower).over, 120)
+        lab["wait_for"](lambda: control.run_status(c, flower).over, 200)
         assert state(folder) == "running" and not (folder / tracking.SUMMARY).exists()
         control.start_run(c, RUN)  # as the edge's watchdog does
-        lab["wait_for"](lambda: state(folder) in tracking.FINAL, 200)
+        lab["wait_for"](lambda: state(folder) in tracking.FINAL, 500)
         print(f"{time.monotonic() - began:.0f} s", [r["seconds"] for r in tracking.read_rounds(folder)])
     assert state(folder) == "finished", (folder / tracking.LOG).read_text()
-    assert [(r["sites"], r["missing"]) for r in tracking.read_rounds(folder)] == [(3, [])] * 3
+    assert [(r["sites"], r["missing"]) for r in tracking.read_rounds(folder)] == [(3, [])] * 2
     assert same(load_file(folder / tracking.MODEL), load_file(tmp_path / "simulated" / tracking.MODEL))
     for text in (path.read_text(errors="replace") for path in c.logs.iterdir() if path.is_file()):
         assert "Traceback" not in text
