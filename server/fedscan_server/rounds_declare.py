@@ -22,11 +22,11 @@ from fedscan_core import accounting, config, files, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import ConfigError, FolderError
 from fedscan_core.wire import Reply, Request
-from fedscan_server.rounds import BROKEN_AT_MOST, UNKNOWN, UNREACHABLE, Answer, Job, Mail
+from fedscan_server.rounds import BROKEN_AT_MOST, NO_ANSWER, UNKNOWN, Answer, Job, Mail
 from fedscan_server.tracking import Progress
 
 PARTICIPANTS = "participants.json"
-PENDING = "waits for approval there"
+PENDING, SILENT = "waits for approval there", "has not answered yet"
 _QUERY_SECONDS = 600.0  # a site that needs longer to answer is asked again
 _SLOWLY = 12  # after ten minutes pending sites are asked this many times less often
 
@@ -98,7 +98,7 @@ def _once(mail: Mail, done: int) -> tuple[Nodes, dict[str, SitePlan]]:
         if not answers:
             time.sleep(job.poll)
     for name in waiting.values():
-        hear(Answer(name, "did not answer in time"))
+        hear(Answer(name, NO_ANSWER))
     if len(plans) < (needed := max(job.quorum(len(asked)), 1)):
         raise _too_few(len(plans), len(asked), needed, refused)
     return lambda: nodes, dict(sorted(plans.items()))
@@ -113,7 +113,7 @@ class _Asked:
 
     due: float = 0.0
     broken: int = 0
-    status: str = UNREACHABLE
+    status: str = SILENT
     plan: SitePlan | None = None
     refused: bool = False
 
