@@ -106,11 +106,17 @@ def register_node(c: Coordinator, public_key: str, name: str) -> int:
     from flwr.proto.control_pb2 import RegisterNodeRequest
 
     pem = _pem(public_key)
-    for node in _nodes(c):
-        if node.public_key == pem and node.status != "unregistered":
-            return int(node.node_id)
-    with _client(c) as client:
-        return int(client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name)).node_id)
+    known = _registered(c, pem)
+    if known is not None:
+        return known
+    try:
+        with _client(c) as client:
+            return int(client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name)).node_id)
+    except ConfigError:
+        known = _registered(c, pem)  # `reconcile` in another process may have been first
+        if known is None:
+            raise
+        return known
 
 
 def unregister_node(c: Coordinator, node_id: int) -> None:
@@ -153,6 +159,13 @@ def reconcile(c: Coordinator) -> None:
         node_id = int(known[pem].node_id) if pem in known else register_node(c, site.public_key, site.name)
         if node_id != site.node_id:
             sites.set_node(c, site.name, node_id)
+
+
+def _registered(c: Coordinator, pem: bytes) -> int | None:
+    for node in _nodes(c):
+        if node.public_key == pem and node.status != "unregistered":
+            return int(node.node_id)
+    return None
 
 
 def _nodes(c: Coordinator) -> list[Any]:

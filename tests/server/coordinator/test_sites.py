@@ -168,11 +168,11 @@ def test_node_ids_are_flowers_64_bits(bare, site_key):
 def test_anchors_are_kept_in_order_and_once(bare, site_key):
     for name in ("a", "b"):
         enrol(bare, name, site_key())
-    for anchor in ("1" * 64, "1" * 64, "2" * 64, "", "1" * 64):
+    for anchor in ("1" * 64, "1" * 64, "2" * 64, "", "1" * 64, "3" * 64):
         sites.add_anchor(bare, "a", "run", 3, anchor)
     sites.add_anchor(bare, "b", "run", 3, "9" * 64)
-    assert [row["anchor"][0] for row in sites.anchors(bare, "a")] == ["1", "2", "1"]
-    assert [row["anchor"][0] for row in sites.anchors(bare, "a", last=2)] == ["2", "1"]
+    assert [row["anchor"][0] for row in sites.anchors(bare, "a")] == ["1", "2", "1", "3"]
+    assert [row["anchor"][0] for row in sites.anchors(bare, "a", last=2)] == ["1", "3"]
     assert set(sites.anchors(bare, "b")[0]) == {"utc", "run_id", "round", "anchor"}
 
 

@@ -95,6 +95,15 @@ def test_nodes_become_those_of_the_registry(live, site_key):
     assert control.online_nodes(live) == set()
 
 
+def test_two_processes_may_register_a_node_at_once(live, site_key, monkeypatch):
+    """The edge at enrolment, and the SuperLink's own look: whoever comes second finds the first one's node."""
+    key = site_key()
+    first = control.register_node(live, key, "x")
+    looks = iter([None, first])  # the first look came too early
+    monkeypatch.setattr(control, "_registered", lambda c, pem: next(looks))
+    assert control.register_node(live, key, "x") == first
+
+
 def test_a_run_is_started_looked_at_and_stopped(live):
     pytest.importorskip("fedscan_core.bundle")
     run = control.start_run(live, "a-run")
