@@ -1,8 +1,10 @@
 """A real coordinator and stock SuperNodes through the edge: 30 MB models both ways, and a site revoked meanwhile."""
 
+import contextlib
 import hashlib
 import io
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -32,7 +34,7 @@ serverapp = "edgetest:server"
 clientapp = "edgetest:client"
 [tool.flwr.app.config]
 nodes = 2
-rounds = 3
+rounds = 20
 """
 CODE = """\
 import os, time
@@ -54,8 +56,8 @@ def main(grid, context):
     with open(os.environ["FEDSCAN_COORDINATOR"] + "/told", "a") as out:
         for number in range(context.run_config["rounds"]):
             content = RecordDict({"m": ArrayRecord({"w": Array(model)})})
-            messages = [Message(content, dst_node_id=node, message_type="train", ttl=240) for node in nodes]
-            replies = [r for r in grid.send_and_receive(messages, timeout=240) if not r.has_error()]
+            messages = [Message(content, dst_node_id=node, message_type="train", ttl=100) for node in nodes]
+            replies = [r for r in grid.send_and_receive(messages, timeout=100) if not r.has_error()]
             right = sum(np.array_equal(r.content["m"]["w"].numpy(), model + 1) for r in replies)
             print(number, len(replies), right, file=out, flush=True)
 """
@@ -100,6 +102,7 @@ def supernode(c: Coordinator, name: str, folder: Path) -> "subprocess.Popen[byte
             env={**os.environ, **quiet, "PATH": f"{command.parent}:{os.environ['PATH']}"},
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
 
 
@@ -121,16 +124,21 @@ def test_models_pass_and_a_revoked_site_ends(running: Coordinator, tmp_path: Pat
             fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
             client.StartRun(StartRunRequest(fab=fab))
         told = c.folder / "told"
-        until(lambda: told.exists() and told.read_text().count("\n") >= 1, 300)
-        assert told.read_text().splitlines()[0] == "0 2 2"
+        until(lambda: " 2 2\n" in _read(told), 500)  # a busy machine may lose a round or two
+        before = len(_read(told).splitlines())
         sites.revoke(c, "north")
         nodes["north"].wait(60)  # Flower's SuperNode ends itself after 401
-        until(lambda: told.read_text().count("\n") == 3, 600)
-        assert told.read_text().splitlines()[-1] == "2 1 1", "the others go on"
+        until(lambda: any(line.endswith(" 1 1") for line in _read(told).splitlines()[before:]), 500)
+        assert nodes["south"].poll() is None, "the others go on"
     finally:
         for process in nodes.values():
-            process.terminate()
-            process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _answers(c: Coordinator, trust: ssl.SSLContext) -> bool:
