@@ -184,14 +184,15 @@ def _clear(c: Coordinator) -> Iterator[Item]:
 
 def _flower_objects(path: Path) -> tuple[int, int, int] | None:
     """(parts, their bytes, bytes of free pages) of Flower's database; None where it cannot be read now."""
-    with contextlib.suppress(sqlite3.Error):
+    try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0)) as db:
             count, size = db.execute(
                 "SELECT count(*), coalesce(sum(length(content)), 0) FROM objects WHERE is_available = 1"
             ).fetchone()
             free = db.execute("PRAGMA freelist_count").fetchone()[0] * db.execute("PRAGMA page_size").fetchone()[0]
             return int(count), int(size), int(free)
-    return None
+    except sqlite3.Error:
+        return None
 
 
 def _size(size: float) -> str:

@@ -181,13 +181,16 @@ def lock(c: Coordinator) -> Iterator[None]:
     """
     descriptor = os.open(c.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for attempt in range(5):  # `pid` in another process holds it for a moment
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05 * attempt)
+        else:
             raise FolderError(
                 f"The coordinator in {c.folder} runs already (process {_written(c)}).",
                 remedy="fedscan server status, or fedscan server stop",
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

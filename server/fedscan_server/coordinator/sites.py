@@ -59,7 +59,7 @@ def redeem(c: Coordinator, token: str, public_key: str, policy: dict[str, Any]) 
         name, now = invitation["name"], registry.utc()
         before = _row(db, name)
         if invitation["used_by"]:
-            if invitation["used_by"] != public_key or before is None or before["revoked"]:
+            if invitation["used_by"] != public_key or before is None:  # `revoke` takes used invitations away too
                 raise registry.refused()
             return _enrolled(before)
         other = db.execute("SELECT 1 FROM site WHERE public_key = ? AND name <> ?", (public_key, name)).fetchone()

@@ -149,7 +149,7 @@ class _Settings(Section):
     name: str = Field(min_length=1, max_length=100, pattern=r'^[^\x00-\x1f"\\]+$')
     address: Address
     bind: Address
-    superlink_port: int = Field(ge=1, le=65535)
+    superlink_port: int = Field(ge=1, le=65535, strict=True)
     encrypt: bool = Field(False, strict=True)
     key_file: str = ""
 

@@ -154,16 +154,17 @@ def look_after(c: Coordinator, stop: threading.Event) -> None:
 
 
 def purge(c: Coordinator) -> None:
-    """Frees what finished runs left in Flower's database, empties its write-ahead log, and shrinks it when idle.
+    """Frees what finished runs left in Flower's database, and tidies up.
 
     Raises:
         ConfigError: the SuperLink does not answer.
     """
-    idle = not control.active_runs(c)  # asking deletes finished runs' messages and objects
-    with (
-        contextlib.suppress(sqlite3.OperationalError),
-        contextlib.closing(_flower_database(c)) as db,
-    ):  # busy: next time
+    tidy(c, idle=not control.active_runs(c))  # asking deletes finished runs' messages and objects
+
+
+def tidy(c: Coordinator, idle: bool) -> None:
+    """Empties the write-ahead log of Flower's database and, when idle, shrinks it. Busy: next time."""
+    with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(_flower_database(c)) as db:
         free = db.execute("PRAGMA freelist_count").fetchone()[0] * db.execute("PRAGMA page_size").fetchone()[0]
         if idle and free >= SHRINK_BYTES:
             db.execute("VACUUM")

@@ -1,4 +1,4 @@
-"""A coordinator in a temporary folder, and a real SuperLink with its SuperExec on loopback for those tests that need it."""
+"""A coordinator in a temporary folder, and real Flower processes on loopback for those tests that need them."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedscan_core import node_key, order
-from fedscan_server.coordinator import service
+from fedscan_server.coordinator import registry, service, state
 
 
 def make(folder: Path, **more):
@@ -30,12 +30,41 @@ def coordinator(tmp_path):
     return make(tmp_path / "state")
 
 
-def site_key() -> str:
-    return node_key.public_text(ec.generate_private_key(ec.SECP384R1()))
+@pytest.fixture
+def bare(memory_path):
+    """A coordinator with settings and a registry only, in memory."""
+    folder = memory_path / "state"
+    folder.mkdir(mode=0o700)
+    state.write_settings(folder, "Test centre", "localhost:8443", "127.0.0.1:8443", 8444)
+    c = state.load(folder)
+    registry.create(c)
+    return c
 
 
-def person_key() -> str:
-    return order.public_text(Ed25519PrivateKey.generate())
+@pytest.fixture(scope="session")
+def site_key():
+    """Makes a site's public key."""
+    return lambda: node_key.public_text(ec.generate_private_key(ec.SECP384R1()))
+
+
+@pytest.fixture(scope="session")
+def person_key():
+    """Makes a person's public key."""
+    return lambda: order.public_text(Ed25519PrivateKey.generate())
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A coordinator whose SuperLink runs, without SuperExec: a run that is started waits."""
+    c = make(tmp_path_factory.mktemp("live") / "state")
+    with running(c, ("superlink",)):
+        yield c
+
+
+@pytest.fixture
+def processes():
+    """(running, supernode, wait_for): see below."""
+    return running, supernode, wait_for
 
 
 def wait_for(condition, seconds=40.0, pause=0.1):
@@ -61,7 +90,7 @@ def running(c, names=("superlink", "superexec")):
     try:
         for child in service.children(c):
             if child.name in names:
-                with open(child.log, "ab") as log:
+                with open(child.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
                     processes.append(
                         subprocess.Popen(
                             child.argv, env=child.env, stdout=log, stderr=log, start_new_session=True, umask=0o077
@@ -97,12 +126,15 @@ def tls_door(c):
                 one.shutdown(socket.SHUT_RDWR)
 
     def serve(plain):
-        with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as outer:
-            with socket.create_connection(("127.0.0.1", c.superlink_port)) as inner:
-                back = threading.Thread(target=pump, args=(inner, outer), daemon=True)
-                back.start()
-                pump(outer, inner)
-                back.join(5)
+        with (
+            contextlib.suppress(OSError),
+            context.wrap_socket(plain, server_side=True) as outer,
+            socket.create_connection(("127.0.0.1", c.superlink_port)) as inner,
+        ):
+            back = threading.Thread(target=pump, args=(inner, outer), daemon=True)
+            back.start()
+            pump(outer, inner)
+            back.join(5)
 
     def accept():
         with contextlib.suppress(OSError):
