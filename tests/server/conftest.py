@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,7 +118,8 @@ class Network(InlineGrid):
     def job(self, run, folder, **more):
         """A deployed job on this network that looks and asks again without delay."""
         folder.mkdir(parents=True, exist_ok=True)
-        order = Order("demo-1", config.for_sites(run))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        order = Order("demo-1", config.for_sites(run), issued=now)
         fast = {"poll": 0.01, "again": 0.05, "names": self.names, "deployed": True}
         return Job(run, order, folder, **(fast | more))
 

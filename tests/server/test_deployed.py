@@ -23,10 +23,10 @@ RUN = "demo-0123456789ab"
 
 
 @pytest.fixture
-def coordinator(tmp_path, pretend, monkeypatch):
+def coordinator(memory_path, pretend, monkeypatch):
     """A coordinator at which three sites are enrolled, under the node ids of `Network`."""
     monkeypatch.setattr(deployed, "POLL", 0.01)
-    c = service.init(tmp_path / "state", "Test centre", "localhost:8443", "127.0.0.1:8443", 18999)
+    c = service.init(memory_path / "state", "Test centre", "localhost:8443", "127.0.0.1:8443", 18999)
     for number, name in enumerate(pretend.sizes):
         key = node_key.public_text(ec.generate_private_key(ec.SECP384R1()))
         sites.redeem(c, sites.invite(c, name, 1.0).token, key, {})
@@ -126,7 +126,7 @@ def test_there_is_no_such_run(coordinator, pretend, run_id):
         deployed.run(pretend.Network(), coordinator, run_id)
 
 
-def test_a_stopped_run_and_its_resume(coordinator, pretend, tmp_path):
+def test_a_stopped_run_and_its_resume(coordinator, pretend, memory_path):
     whole = launch(coordinator, pretend.run_config(), "demo-aaaaaaaaaaaa")
     deployed.run(pretend.Network(), coordinator, whole.name)
     folder = launch(coordinator, pretend.run_config())
@@ -220,7 +220,7 @@ def test_start_weights_lie_in_the_run_folder(coordinator, pretend):
     assert state(folder)[0] == "finished" and same(seen[-1], start)
 
 
-def test_models_are_encrypted_at_rest_where_the_coordinator_asks(coordinator, pretend, monkeypatch, tmp_path):
+def test_models_are_encrypted_at_rest_where_the_coordinator_asks(coordinator, pretend, monkeypatch, memory_path):
     plain = launch(coordinator, pretend.run_config(), "demo-aaaaaaaaaaaa")
     deployed.run(pretend.Network(), coordinator, plain.name)
     monkeypatch.setenv("FEDSCAN_VAULT_KEY", "07" * 32)
