@@ -1,4 +1,4 @@
-"""A coordinator whose edge answers over real TLS on loopback; behind it a SuperLink that only records, and no Flower."""
+"""A coordinator whose edge answers over real TLS on loopback; behind it a SuperLink that only records."""
 
 import asyncio
 import base64
@@ -111,8 +111,10 @@ class Site:
         signed = node_key.sign_request(self.key, self.name, method, PREFIX + path, body)
         return self.http.request(method, PREFIX + path, content=body, headers={**signed, **headers})
 
-    def fleet(self, path: str, body: bytes = b"", shift: float = 0.0, **headers: str) -> httpx.Response:
-        return self.http.post(path, content=body, headers={**self.node_headers(shift), **headers})
+    def fleet(
+        self, path: str, body: bytes = b"", shift: float = 0.0, more: dict[str, str] | None = None
+    ) -> httpx.Response:
+        return self.http.post(path, content=body, headers={**self.node_headers(shift), **(more or {})})
 
     def node_headers(self, shift: float = 0.0) -> dict[str, str]:
         """As Flower's SuperNode signs (supernode/node_auth_http_interceptor.py)."""

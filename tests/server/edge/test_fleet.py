@@ -32,7 +32,7 @@ def test_a_chunk_goes_through_byte_for_byte(live: Live) -> None:
     site = live.site()
     live.link.answer = (200, {"content-type": "application/protobuf", "x-secret": "of the SuperLink"}, b"z" * 3_000_000)
     chunk = bytes(range(256)) * 20 * 1024  # 5 MiB
-    answer = site.fleet(PUSH, chunk, **{"x-forwarded-for": "1.2.3.4", "authorization": "Bearer a", "cookie": "c"})
+    answer = site.fleet(PUSH, chunk, more={"x-forwarded-for": "1.2.3.4", "authorization": "Bearer a", "cookie": "c"})
     assert answer.status_code == 200 and answer.content == b"z" * 3_000_000
     assert "x-secret" not in answer.headers and "server" not in answer.headers
     [(path, headers, body)] = live.link.got

@@ -27,7 +27,7 @@ class Clock:
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(0, 40), st.sampled_from("abc"), st.booleans()), max_size=60))
 def test_failures_are_counted_in_a_sliding_window(steps: list[tuple[float, str, bool]]) -> None:
-    clock, plain = Clock(), []
+    clock, plain = Clock(), list[tuple[float, str]]()
     failures = Failures(most=3, window=60.0, clock=clock)
     for wait, address, fails in steps:
         clock.now += wait

@@ -215,11 +215,10 @@ def test_the_archive_holds_what_was_learned(live: Live, ada: tuple[Ed25519Privat
     answer = live.http.get(f"{PREFIX}/runs/{run_id}/archive", headers=ada[1])
     assert answer.headers["content-type"] == "application/x-tar"
     assert answer.headers["fedscan-sha256"] == hashlib.sha256(answer.content).hexdigest()
-    tar = tarfile.open(fileobj=io.BytesIO(answer.content))
-    assert set(tar.getnames()) == {
-        f"{run_id}/{name}" for name in ("run.toml", "model.safetensors", "summary.json", "rounds.jsonl")
-    }
-    assert all(member.isreg() and member.uid == 0 and member.mode == 0o600 for member in tar)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        names, members = set(tar.getnames()), list(tar)
+    assert names == {f"{run_id}/{name}" for name in ("run.toml", "model.safetensors", "summary.json", "rounds.jsonl")}
+    assert all(member.isreg() and member.uid == 0 and member.mode == 0o600 for member in members)
     until(lambda: live.edge.archiving._value == 2)
 
 
