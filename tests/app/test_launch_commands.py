@@ -124,7 +124,7 @@ def test_nothing_is_sent_without_a_yes(ada, edge, call, run_toml, monkeypatch):
 
 
 def test_a_run_that_would_not_start_is_not_sent(ada, edge, call, run_toml):
-    code, _, err = call("launch", run_toml, "--yes", "--set", "privacy.target_epsilon=30")
+    code, _, err = call("launch", run_toml, "--yes", "--json", "--set", "privacy.target_epsilon=30")
     assert code == 2 and "Nothing was sent: 0 of 3 sites" in err and "this site allows 20" in err
     assert "POST /runs" not in edge.seen
 
