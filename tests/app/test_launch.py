@@ -46,7 +46,7 @@ def page(found, width=80):
 
 
 def test_everybody_willing_is_priced_by_their_own_size(run_for):
-    run = run_for(privacy={"noise_multiplier": 1.0}, train={"patients_per_step": 30})
+    run = run_for(privacy={"noise_multiplier": 1.0}, train={"patients_per_step": 30, "rounds": 2})
     found = prospects(run)
     assert not found.faults and len(found.willing) == 3
     assert [site.plan for site in found.sites] == [accounting.plan_for(run, n) for n in (500, 340, 90)]
