@@ -182,6 +182,13 @@ def test_the_page_says_everything_and_fits(run_for, width):
         assert part in text, part
 
 
+def test_a_page_for_an_old_terminal_is_drawn_with_its_characters(run_for):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    launch_page.show(prospects(run_for()), ADA, Console(file=out))
+    out.flush()
+    assert b"by its policy\n---" in out.buffer.getvalue()
+
+
 def test_a_run_without_privacy_is_called_so(run_for):
     run = run_for(privacy={"enabled": False})
     found = prospects(run, [site(name, research_cohort=True) for name in "abc"])
