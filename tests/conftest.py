@@ -57,6 +57,12 @@ def at_every_write() -> Callable[..., Iterator[int]]:
     return found
 
 
+@pytest.fixture(scope="session")
+def fake_coordinator() -> dict[str, Any]:
+    """See client/fake_coordinator.py: `coordinator`, `proxy`."""
+    return _load("client/fake_coordinator.py")
+
+
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
     """As `tmp_path`, in memory where that exists: for tests that write very often."""

@@ -4,7 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedscan import cli_ingest, cli_key, cli_patient, cli_pull, cli_quarantine
+from fedscan import (
+    cli_audit_log,
+    cli_budget,
+    cli_enrol,
+    cli_ingest,
+    cli_key,
+    cli_patient,
+    cli_pull,
+    cli_quarantine,
+    cli_runs,
+)
 
 _AGENT_LEDGER = """\
 Shows what a site's runs have cost its patients in privacy: the lifetime budget, what is reserved of it and spent, by
@@ -31,7 +41,17 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     ledger.add_argument("--run", metavar="RUN.toml", type=Path, help="price this run instead of the last one again")
     ledger.add_argument("--json", action="store_true", help="print JSON on standard output")
     ledger.set_defaults(command=_agent_ledger)
-    for topic in (cli_key, cli_pull, cli_ingest, cli_quarantine, cli_patient):
+    for topic in (
+        cli_enrol,
+        cli_audit_log,
+        cli_budget,
+        cli_ingest,
+        cli_key,
+        cli_patient,
+        cli_pull,
+        cli_quarantine,
+        cli_runs,
+    ):
         topic.add(of_agent)
 
 

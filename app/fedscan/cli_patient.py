@@ -80,6 +80,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from datetime import date
 
     from fedscan_client import letter, patients, site
+    from fedscan_client.audit import log
     from fedscan_core import files
     from fedscan_core.errors import FolderError
 
@@ -90,6 +91,7 @@ def _show(arguments: argparse.Namespace) -> int:
             "A letter names its patient, and nothing in a site's folder may.", remedy="Write it somewhere else."
         )
     who = _patient(arguments, here)
+    log.access(here.folder, "what is held on a patient")
     told = patients.show(here, _key(here), who, today=date.today())
     if target is not None:
         contact = here.consent.contact if here.consent else ""

@@ -109,7 +109,7 @@ def pull(here: "Site", console: "Console", *, dry_run: bool = False) -> tuple[di
                 "problem": report.problem,
             }
             if not dry_run:
-                _note(here.folder, {"did": "pull", "source": name, **{key: told[name][key] for key in _COUNTS}})
+                _note(here.folder, "pull", name, {key: told[name][key] for key in _COUNTS})
         return told, stop.is_set()
 
 
@@ -161,7 +161,7 @@ def _listen(arguments: argparse.Namespace) -> int:
             before = now
     counts = {name: {what: each.counts[what] for what in scp.COUNTED} for name, each in received.items()}
     for name, numbers in counts.items():
-        _note(here.folder, {"did": "listen", "source": name, **numbers})
+        _note(here.folder, "listen", name, numbers)
         if not arguments.json:
             print(f"{name}: {_words(numbers)}")
     if arguments.json:
@@ -194,12 +194,11 @@ def _spool(here: "Site", *, write: bool) -> "Spool":
     return made
 
 
-def _note(site: Path, record: dict[str, Any]) -> None:
-    """Into the intake's audit log: counts and the source's name, never what identifies anybody."""
-    from fedscan_core import auditlog
+def _note(site: Path, did: str, source: str, counts: Mapping[str, int]) -> None:
+    """Into the audit log: counts and the source's name, never what identifies anybody."""
+    from fedscan_client.audit import log
 
-    with auditlog.exclusive(site / "intake.jsonl"):
-        auditlog.append(site / "intake.jsonl", record)
+    log.append(site, "pull", did=did, source=source, **counts)
 
 
 def show(name: str, counts: Mapping[str, Any], dry_run: bool) -> None:

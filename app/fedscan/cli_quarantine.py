@@ -31,8 +31,9 @@ let them in.
   fedscan agent quarantine release SITE_DIR q8d2v --by "A. Meier" --why "no text in all 12 frames" --yes
 
 An id is what `list` shows, or its first letters. A decision is about the instances that are there now; what comes later
-waits again. It takes effect at the next ingest. Look at every frame: character recognition is no proof that an image is
-clean, and faces on head scans are not removed."""
+waits again. It takes effect at the next ingest. Where site.toml says two_people = ["quarantine"], release and blackout
+happen once a second person has given the same command with another name. Look at every frame: character recognition is
+no proof that an image is clean, and faces on head scans are not removed."""
 
 _LIST = """\
 Shows what waits, one line for a series' instances with one reason. --all also shows what was decided."""
@@ -90,7 +91,7 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
     ):
         decision = part(name, does, text, _decide)
         decision.set_defaults(verdict={"release": "released", "reject": "rejected"}.get(name, name))
-        decision.add_argument("--by", default="", metavar="NAME", help="who decides; goes into intake.jsonl")
+        decision.add_argument("--by", default="", metavar="NAME", help="who decides; goes into the audit log")
         decision.add_argument("--why", default="", metavar="TEXT", help="what was seen; kept encrypted")
         decision.add_argument("--yes", action="store_true", help="do it; otherwise only say what would be done")
         if name != "reject":
@@ -190,10 +191,11 @@ def _show(arguments: argparse.Namespace) -> int:
 def _decide(arguments: argparse.Namespace) -> int:
     from fedscan import quarantine_view
     from fedscan_client import site
-    from fedscan_client.intake import blackout, quarantine
+    from fedscan_client.intake import blackout, quarantine, second_look
     from fedscan_client.intake.records import REASONS, what_to_do
 
-    folder = site.load(arguments.site).folder
+    here = site.load(arguments.site)
+    folder = here.folder
     item, key = quarantine.get(folder, arguments.id), _key(folder)
     verdict: Verdict = arguments.verdict
     rectangles = _rectangles(getattr(arguments, "rect", []))
@@ -211,12 +213,18 @@ def _decide(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True, stderr=arguments.json)
     if getattr(arguments, "preview", False):
         quarantine_view.terminal(_look(folder, key, item, rectangles, arguments), console)
+    waits = False
     if arguments.yes:
-        item = quarantine.decide(
-            folder, key, item.id, verdict, by=arguments.by, why=arguments.why, rectangles=rectangles
-        )
+        words = {"by": arguments.by, "why": arguments.why}
+        decided = second_look.decide(here, key, item, verdict, rectangles=rectangles, **words)
+        item, waits = decided or item, decided is None
     if arguments.json:
-        print(json.dumps({"done": arguments.yes, "decision": verdict, **_told(item)}, indent=2))
+        done = arguments.yes and not waits
+        told = {"done": done, "waits_for_second_person": waits, "decision": verdict, **_told(item)}
+        print(json.dumps(told, indent=2))
+        return 0
+    if waits:
+        console.print(f"{item.id}: noted, nothing changed yet. A second person must decide the same within 14 days.")
         return 0
     does = {"released": "let in as they are", "rejected": "kept out for ever"}
     what = does.get(verdict, f"let in with {len(rectangles)} rectangle(s) of every frame blacked out")
@@ -237,9 +245,11 @@ def _look(
     folder: Path, key: bytes, item: "Item", rectangles: "tuple[Rectangle, ...]", arguments: argparse.Namespace
 ) -> "quarantine_view.Look":
     from fedscan import quarantine_view
+    from fedscan_client.audit import log
     from fedscan_client.intake import quarantine
 
     locators = [held.locator for held in quarantine.held(folder, key, item.id)]
+    log.access(folder, "images in quarantine", item=item.id)
     wanted = (arguments.instance, arguments.frame)
     return quarantine_view.Look(
         item, len(locators), lambda n: _open_instance(folder, locators[n]), rectangles, *wanted, arguments.contrast

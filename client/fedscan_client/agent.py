@@ -57,7 +57,12 @@ def report(here: Site, run: Path | None = None) -> dict[str, Any]:
     else:
         nothing = {"epsilon": 0.0, "delta": 0.0, "share": 0.0}
         booked = {"ledger_id": None, "gate": here.policy.gate, "order": unopened["order"], "rows": 0, "head": ""}
-        booked |= {"budget": {"epsilon": budget.epsilon, "delta": budget.delta}, "reserved": nothing, "runs": {}}
+        booked |= {
+            "budget": {"epsilon": budget.epsilon, "delta": budget.delta},
+            "reserved": nothing,
+            "raised": [],
+            "runs": {},
+        }
     entries = booked.pop("runs")
     told = {"site": here.name, **booked, "spent": _spent(booked, entries)}
     told["runs"] = [_run(run_id, entry) for run_id, entry in entries.items()]
@@ -76,7 +81,8 @@ def report(here: Site, run: Path | None = None) -> dict[str, Any]:
     if plan is not None and math.isinf(plan.epsilon):
         told["one_more_run"] = {"of": of, "fits": refused is None, "reason": refused or "it is not charged: no privacy"}
     elif plan is not None:
-        told["one_more_run"] = {"of": of, **_price(plan), **ledger.one_more(here.book, plan, unopened)}
+        more = ledger.one_more(here.book, plan, unopened, here.policy.epsilon_per_year)
+        told["one_more_run"] = {"of": of, **_price(plan), **more}
         if refused is not None:
             told["one_more_run"] |= {"fits": False, "reason": refused}
     return told
@@ -143,6 +149,9 @@ def _show(told: dict[str, Any], console: Console) -> None:
         held = told[name]
         table.add_row(name, f"{held['epsilon']:.3f}", f"{held['delta']:.1e}", "" if share is None else f"{share:.1%}")
     console.print(table)
+    for up in told["raised"]:
+        to = f"to epsilon {up['epsilon']:g}, delta {up['delta']:g}"
+        console.print(f"The budget was raised on {up['utc'][:10]} {to}, by {up['by']}.", soft_wrap=True)
     if told["runs"]:
         _show_runs(told["runs"], console)
     more = told.get("one_more_run")

@@ -1,4 +1,4 @@
-"""The ClientApp: permit, reserve, train, settle, check, reply. The same one in simulation and in a hospital.
+"""The ClientApp: permit, approve, reserve, train, settle, check, reply. The same one in simulation and in a hospital.
 
 Guarantee: with privacy enabled, everything this app sends is public by declaration, or a noisy update or histogram of
 an admitted plan, or a constant. After a reservation the site answers with valid noisy bytes or with the constant
@@ -15,20 +15,22 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file, save
 
-from fedscan_client import cohort, consent, eligible, evaluate, keys, site, train
+from fedscan_client import approvals, budget, cohort, consent, eligible, evaluate, keys, site, train
+from fedscan_client.approvals import Refused
 from fedscan_client.consent import Decision, Register
 from fedscan_client.dp import engine, ledger, ledger_lock
 from fedscan_client.dp.ledger import Release
 from fedscan_client.gate import egress, guard
 from fedscan_client.site import Site
-from fedscan_core import accounting, config, files, policy, wire
+from fedscan_core import accounting, config, files, order, policy, wire
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError, FolderError, PrivacyError, RecordDamaged, WireError
 from fedscan_core.wire import Arrays, Reply, Request
-from fedscan_models import histograms, registry
+from fedscan_models import registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
+RETIRED = "retired"  # file in that folder: the site has left for good
 
 OpenSite = Callable[[Context], Site]
 
@@ -60,27 +62,47 @@ def _answer(
         here = open_site(context)
     except Exception:  # Flower would send the text, which names the site's files; there is no site.log to note it in
         return Message(wire.reply_record(Reply("unknown", "failed")), reply_to=message)
+    kind, request = message.metadata.message_type.partition(".")[0], None
     try:
-        reply = handle(here, wire.read_request(message.content))
+        request = wire.read_request(message.content)
+        reply = handle(here, request)
+        with _leaving(here, request, reply):
+            content = egress.answer(here, kind, request, reply)
     except Exception as error:
         _note(here, f"{type(error).__name__}: {error}")
-        reply = Reply(here.name, "failed")
-    return Message(wire.reply_record(reply), reply_to=message)
+        content = egress.failed(here, kind, request, lambda text: _note(here, text))
+    return Message(content, reply_to=message)
+
+
+def _leaving(here: Site, request: Request, reply: Reply) -> contextlib.AbstractContextManager[None]:
+    """Around an answer made of data: somebody may have revoked the run while it was made."""
+    holds_data = reply.update is not None or reply.histogram is not None
+    return approvals.releasing(here, request.order) if holds_data else contextlib.nullcontext()
 
 
 def _declare(here: Site, request: Request) -> Reply:
-    """Permit: the plan this site would follow, from public values alone, or a refusal with its reason."""
+    """Permit: the plan this site would follow, from public values alone, or a refusal with its reason.
+
+    Nobody here is asked to approve what the policy or the budget refuses, and nothing is charged before the approval.
+    """
+    budget.note_policy(here)
     try:
         run, plan = _permit(here, request)
+        if run.privacy.enabled and (over := budget.over(here, request.run_id, plan)):
+            raise Refused(over)
+        known = approvals.note_request(here, request.order)
+        if known.state == "pending":
+            return Reply(here.name, "pending", approvals.PENDING)
+        approvals.check(here, request.order)
         try:
             _register(here)
         except FedscanError as error:  # of register, key or site.toml: the text names the site's files
             _note(here, f"{type(error).__name__}: {error}")
             raise Refused("this site has no consent register that can be used now") from None
         if run.privacy.enabled:
-            budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
-            ledger.open_ledger(here.book, budget, here.patients_declared, here.policy.gate)
-            ledger.admit(here.book, request.run_id, plan, _sha(request.config))
+            lifetime = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
+            ledger.open_ledger(here.book, lifetime, here.patients_declared, here.policy.gate)
+            ledger.admit(here.book, request.run_id, plan, _sha(request.config), here.policy.epsilon_per_year)
     except Refused as refused:
         return Reply(here.name, "refused", refused.reason)
     except RecordDamaged:
@@ -92,6 +114,7 @@ def _declare(here: Site, request: Request) -> Reply:
 
 def _train(here: Site, request: Request) -> Reply:
     run, plan = _permit(here, request)
+    approvals.check(here, request.order)
     if not 1 <= request.round <= run.train.rounds:
         raise WireError(f"Round {request.round} is not one of the run's {run.train.rounds}.")
     register = _register(here)  # before the reservation: a register out of date burns no round
@@ -101,8 +124,7 @@ def _train(here: Site, request: Request) -> Reply:
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, "train", register, request.run_id)
         delta = train.train_round(network.module, patients, run, plan, round_=request.round, site=here.name)
-        allowed = {n: (tuple(p.shape), "<f4") for n, p in network.module.named_parameters() if p.requires_grad}
-        egress.check(delta, allowed)
+        egress.check(delta, egress.declared(request.config, "update"))
         return delta
 
     clip, divisor = engine.sensitivity(run.privacy.clip), plan.sampling_rate * plan.patients_declared
@@ -114,6 +136,7 @@ def _train(here: Site, request: Request) -> Reply:
 
 def _evaluate(here: Site, request: Request) -> Reply:
     run, plan = _permit(here, request)
+    approvals.check(here, request.order)
     if not (run.evaluation.private and run.privacy.enabled) or request.round != wire.EVALUATION_ROUND:
         raise WireError("The run has no private evaluation.")
     register = _register(here)
@@ -123,7 +146,7 @@ def _evaluate(here: Site, request: Request) -> Reply:
         guard.load_model(network.module, request.model)
         patients = _cohort(here, run, run.evaluation.split, register, request.run_id)
         counts = evaluate.noisy_histogram(network.module, patients, run, plan)
-        egress.check({"histogram": counts}, {"histogram": (histograms.shape(run), "<f8")})
+        egress.check({"histogram": counts}, egress.declared(request.config, "histogram"))
         return {"histogram": counts}
 
     release = Release("gaussian", 1.0, plan.evaluation_noise, sensitivity=1.0, divisor=1.0, steps=0)
@@ -164,18 +187,19 @@ def _cleared(decision: Decision, until: date | None, today: date) -> bool:
     return not (decision.by_guardian and decision.until is None and until is None)
 
 
-class Refused(Exception):
-    """The policy says no; `reason` may be shown to the researcher."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
+    """What the site's policy says today, at every message: the run and its plan here.
+
+    Raises:
+        Refused: the order is stale or not signed by whom the site names, or the run is outside the policy.
+    """
+    if stale := order.fault(request.order):
+        raise Refused(stale)
+    if (here.folder / RETIRED).exists():
+        raise Refused("this site has left the federation")
     run = config.from_server(request.config)
     plan = accounting.plan_for(run, here.patients_declared)
-    reason = policy.refusal(here.policy, run, plan)
+    reason = policy.refusal(here.policy, run, plan, request.order)
     if reason is None and here.consent is None and not here.policy.research_cohort:
         reason = "this site has no consent register"
     if reason is not None:
@@ -186,16 +210,14 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
 def _release(
     here: Site, request: Request, run: RunConfig, plan: SitePlan, release: Release, work: Callable[[], Arrays]
 ) -> Arrays | None:
-    """Reserve, work, persist, settle, record: the bytes are on disk before they can be sent; None = burned.
+    """Reserve, work, persist, settle: the bytes are on disk before `egress.answer` can send them; None = burned.
 
     The bytes lie beside the ledger, which stays small and is only ever added to: it holds their digest.
     """
     run_id, round_ = request.run_id, request.round
     what = "update" if release.steps else "histogram"
     if not run.privacy.enabled:
-        bare = work()
-        egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=bare)
-        return bare
+        return work()
     answer = here.folder / "outbox" / run_id / f"{round_}-{what}.safetensors"
     config_sha, input_sha = _sha(request.config), wire.fingerprint(request.model or {})
     state = ledger.reserve(
@@ -211,7 +233,6 @@ def _release(
     released: Arrays = load_file(answer)
     if wire.fingerprint(released) != ledger.answer_of(here.book, run_id, round_):
         raise RecordDamaged(f"{answer} is not what was persisted.", remedy="It is not made again.")
-    egress.record(here.folder, run_id=run_id, round_=round_, what=what, arrays=released)
     return released
 
 

@@ -202,8 +202,13 @@ def _row_image(path: Path, index: str, *, size: tuple[int, int], channels: Liter
 
 def _load(site: Site, run: RunConfig, split: str) -> Patients:
     found, left_out = images_of(site, run)
-    images = [image for image in found if image.split == split]
-    images.sort(key=lambda image: image.patient)  # stable: images keep their order inside a patient
+    return decoded([image for image in found if image.split == split], run, left_out)
+
+
+def decoded(images: list[Image], run: RunConfig, left_out: Sequence[str] = ()) -> Patients:
+    """These images as inputs of the run's network; what cannot be decoded is left out, and why is added."""
+    images = sorted(images, key=lambda image: image.patient)  # stable: images keep their order inside a patient
+    why = list(left_out)
     features = registry.for_run(run).features
     rows: list[Tensor] = []
     names: list[str] = []
@@ -218,7 +223,7 @@ def _load(site: Site, run: RunConfig, split: str) -> Patients:
             with torch.no_grad():
                 made = [features(x_BCHW[i : i + 1]) if features else x_BCHW[i : i + 1] for i in range(len(x_BCHW))]
         except Exception as error:  # decoders raise many kinds on damaged files
-            left_out.append(f"{type(error).__name__}: {error}")
+            why.append(f"{type(error).__name__}: {error}")
             continue
         for row in made:
             rows.append(row)
@@ -236,7 +241,7 @@ def _load(site: Site, run: RunConfig, split: str) -> Patients:
         torch.tensor(targets, dtype=torch.int64),
         offsets,
         ids=tuple(names[start] for start in starts),
-        left_out=tuple(left_out),
+        left_out=tuple(why),
         groups=tuple(groups),
         until=tuple(until[start] for start in starts),
     )

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedscan_client import secret_file
+from fedscan_client.audit import log
 from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, MissingExtra, SiteKeyError
 from fedscan_core.files import sync_folder, write_atomic
@@ -37,7 +38,6 @@ KEY_BYTES = 32
 STAGED = ".next"  # ending of the file that holds the new key while `key_rotation.rotate` is at work
 HANDED_OUT = "key.environment"  # a key on its way to an environment variable
 _BEFORE = "key.before"  # the old key, until the rotation of an environment variable has ended: the variable forgets it
-LOG = "intake.jsonl"  # what was done to the site's key and cache; no identifiers
 
 _TOKEN = "fedscan-key-1:"
 _CHECK_BYTES = 4  # of SHA-256: finds a typing error, not a forger
@@ -255,10 +255,8 @@ def where(site_folder: Path, settings: Settings) -> str:
 
 
 def note(site_folder: Path, event: str, key: SiteKey) -> None:
-    """One line in the site's log of the intake."""
-    path = site_folder / LOG
-    with auditlog.exclusive(path):
-        auditlog.append(path, {"event": event, "key": key.key_id})
+    """One line in the site's audit log."""
+    log.append(site_folder, "key", did=event, key=key.key_id)
 
 
 # ------------------------------------------------------------------------------------------------------ text and files

@@ -12,6 +12,7 @@ from math import fsum
 from typing import Any
 
 from fedscan_client import agent, consent, eligible
+from fedscan_client.audit import log
 from fedscan_client.consent import withdrawals
 from fedscan_client.dp import ledger
 from fedscan_client.intake import cache, objects
@@ -99,6 +100,7 @@ def withdraw(site: Site, key: SiteKey, patient: PatientId, *, today: date, yes: 
     counts = objects.everything_of(site, key, name, destroy=yes)
     if yes:
         withdrawals.destroyed(site.folder, name, today, counts, runs)
+        log.append(site.folder, "withdrawal", destroyed=counts)  # last: nothing may keep a patient in
     return {
         "site": site.name,
         "patient": name,

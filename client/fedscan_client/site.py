@@ -7,12 +7,13 @@
            cache/          its consenting patients' images, encrypted: what `intake.ingest` writes
            spool/          what came over the network, encrypted
            intake.sqlite   what the intake has seen; quarantine.sqlite: what waits for a person; withdrawals.jsonl
-           intake.jsonl    what was done to keys, cache and quarantine, without identifiers
+           audit/          the audit log: what left, by hash; what was done to keys, cache and quarantine; decisions
            ledger.sqlite   what has been spent, for ever
            ledger.counter  how far it had got: tells an older copy (key `counter` puts it on another disk)
+           runs.sqlite     which runs asked, and what people decided; two_people.json: words that wait for a second one
+           policy.json     the policy as the audit log has it
            eligible.sqlite which patients were eligible in which run
            outbox/         the last noisy answer, kept until the next one is there
-           released.jsonl  what left, by hash
            site.log        everything that may depend on patients: never leaves
 
 A pretend site of a simulation and a deployed one are the same thing to every line of code below this one.
@@ -20,6 +21,7 @@ A pretend site of a simulation and a deployed one are the same thing to every li
 
 import hashlib
 import hmac
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +32,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedscan_client import consent as consents
 from fedscan_client import keys
+from fedscan_client.audit import settings as audits
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.intake.rules import QuarantineSettings
 from fedscan_client.intake.sources import settings as sources
 from fedscan_client.intake.sources.settings import Source
+from fedscan_client.two_people import several
 from fedscan_core import policy as policies
 from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError
@@ -72,6 +76,7 @@ class Site(BaseModel):
     consent: consents.Settings | None = None
     intake: Intake | None = None
     quarantine: QuarantineSettings = QuarantineSettings()
+    audit: audits.Settings = audits.Settings()
     key: keys.Settings = keys.Settings()
     counter: Path | None = None
     folder: Path = Field(exclude=True)
@@ -98,6 +103,10 @@ class Site(BaseModel):
     def _sane_policy(self) -> Self:
         if wrong := policies.fault(self.policy):
             raise ValueError(f"policy.{wrong}")
+        if "quarantine" in self.policy.two_people:
+            for rule in self.quarantine.rule:
+                if not several(rule.approved_by):
+                    raise ValueError(f"policy.two_people: rule '{rule.name}' needs approved_by = \"NAME and NAME\"")
         return self
 
     @property
@@ -175,6 +184,31 @@ def load(folder: Path) -> Site:
         item = error.errors()[0]
         key = ".".join(map(str, item["loc"]))
         raise ConfigError(f"{path}: '{key}': {item['msg']}.", remedy="Correct that key.") from None
+
+
+def with_policy(folder: Path, changes: Mapping[str, float]) -> str:
+    """FOLDER/site.toml with other numbers in its [policy], everything else as people wrote it.
+
+    Raises:
+        ConfigError: the file cannot be read, or is written so that a program cannot change these numbers safely.
+    """
+    path = folder / FILE
+    load(folder)
+    old = path.read_text(encoding="utf-8")
+    head, mark, rest = old.partition("[policy]")
+    end = found.start() if (found := re.search(r"(?m)^\s*\[", rest)) else len(rest)
+    section, tail = rest[:end], rest[end:]
+    for key, value in changes.items():
+        section = re.sub(rf"(?m)^(\s*{key}\s*=\s*)[^#\s]+", rf"\g<1>{value!r}", section, count=1)
+    new = head + mark + section + tail
+    before, after = tomllib.loads(old), tomllib.loads(new)
+    before["policy"] |= changes
+    if after != before:
+        raise ConfigError(
+            f"{path}: [policy] is not written in the usual way, so no program should change it.",
+            remedy="Write " + ", ".join(f"{key} = {value!r}" for key, value in changes.items()) + " there, and again.",
+        )
+    return new
 
 
 def save(site: Site) -> None:

@@ -6,7 +6,8 @@ day, never on patients.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -155,7 +156,7 @@ def _launcher(policy: Policy, order: Order) -> Iterator[str]:
         yield f"the order is not signed with the key by which this site knows {order.launcher}"
 
 
-def _list(words: Iterator[str] | tuple[str, ...] | list[str]) -> str:
+def _list(words: Iterable[str]) -> str:
     return ", ".join(words)
 
 
@@ -206,11 +207,8 @@ def from_public(tree: Mapping[str, Any]) -> tuple[Policy, int]:
         wrong = said[:60] or "it"
     if wrong:
         raise ConfigError(f"A site's public policy is none: {wrong}.", remedy="Install the same fedscan version.")
-    limits = {
-        "max_epsilon": min(policy.max_epsilon, left["epsilon"]),
-        "max_delta": min(policy.max_delta, left["delta"]),
-    }
-    return dataclasses.replace(policy, **limits), declared
+    epsilon, delta = min(policy.max_epsilon, left["epsilon"]), min(policy.max_delta, left["delta"])
+    return dataclasses.replace(policy, max_epsilon=epsilon, max_delta=delta), declared
 
 
 def fault(policy: Policy) -> str | None:
@@ -218,7 +216,7 @@ def fault(policy: Policy) -> str | None:
     for key in ("max_rounds", "max_steps"):
         if (most := getattr(policy, key)) is not None and most < 1:
             return f"{key} must be at least 1"
-    if policy.epsilon_per_year is not None and not policy.epsilon_per_year >= 0:
+    if policy.epsilon_per_year is not None and not 0 <= policy.epsilon_per_year < math.inf:
         return "epsilon_per_year is no number from 0"
     for name, key in policy.launchers.items():
         if not _is_key(key):

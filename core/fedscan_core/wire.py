@@ -81,7 +81,7 @@ def request_record(request: Request) -> "RecordDict":
     """Packs a request."""
     from flwr.app import ConfigRecord, RecordDict
 
-    run = {"protocol": PROTOCOL, "round": request.round, "order": to_text(request.order)}
+    run: dict[str, Any] = {"protocol": PROTOCOL, "round": request.round, "order": to_text(request.order)}
     record = RecordDict({_RUN: ConfigRecord(run)})
     if request.model is not None:
         record[_MODEL] = _pack(request.model)
@@ -109,7 +109,12 @@ def reply_record(reply: Reply) -> "RecordDict":
     """Packs a reply."""
     from flwr.app import ConfigRecord, RecordDict
 
-    status = {"site": reply.site, "status": reply.status, "reason": reply.reason, "anchor": reply.anchor}
+    status: dict[str, Any] = {
+        "site": reply.site,
+        "status": reply.status,
+        "reason": reply.reason,
+        "anchor": reply.anchor,
+    }
     record = RecordDict({_STATUS: ConfigRecord(status)})
     if reply.plan is not None:
         record[_PLAN] = ConfigRecord(dataclasses.asdict(reply.plan))

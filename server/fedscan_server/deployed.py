@@ -5,8 +5,8 @@ folder of the coordinator that the environment names (FEDSCAN_COORDINATOR). What
 RUN/state.json, in words made for whoever launched it, and RUN/log.txt (0600) with everything else. Nothing is raised
 to Flower, which would keep the traceback in its database and hand it out.
 
-A run ends as finished, failed or stopped. Where this program broke off instead (a full disk, a lost database, a fault of
-ours), the run waits, and the edge starts it again: what was done stays done.
+A run ends as finished, failed or stopped. Where this program broke off instead (a full disk, a lost database, a
+fault of ours), the run waits, and the edge starts it again: what was done stays done.
 """
 
 import contextlib

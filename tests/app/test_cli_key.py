@@ -11,10 +11,10 @@ import pytest
 
 from fedscan import cli_key
 from fedscan_client import key_backup, keys
+from fedscan_client.audit import log
 from fedscan_client.intake import cache
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.site import Site, save
-from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 from fedscan_core.policy import Policy
 
@@ -82,7 +82,7 @@ def test_a_life_of_a_key(run, tmp_path, monkeypatch):
     (site / "key").unlink()
     assert key.key_id in run("restore", site, safe)
     assert keys.load(site, keys.Settings()) == key
-    events = [line["event"] for line in auditlog.read(site / keys.LOG)]
+    events = [line["did"] for line in log.read(site) if line["event"] == "key"]
     assert events == ["key created", "key backed up", "key restored"]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +21,11 @@ from pynetdicom import AE
 
 from fedscan import cli_pull
 from fedscan_client import key_use, keys
+from fedscan_client.audit import log
 from fedscan_client.intake import cache
 from fedscan_client.intake.records import PatientId
 from fedscan_client.intake.sources import spool
 from fedscan_client.intake.sources.pull import Archive, Instance
-from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, ConsentError, FedscanError, SiteKeyError
 
 KEY = bytes(range(32))
@@ -52,7 +53,7 @@ def site(tmp_path):
         (tmp_path / "site.toml").write_text(tomli_w.dumps(tree))
         (tmp_path / "consent.csv").write_text(REGISTER.format(day=date.today()))
         keys.put(tmp_path, keys.Settings(), keys.SiteKey(bytes(32), KEY), "test")
-        (tmp_path / "intake.jsonl").unlink()
+        shutil.rmtree(tmp_path / "audit")
         return tmp_path
 
     return make
@@ -101,7 +102,7 @@ def test_pull_counts_retrieves_and_notes_what_it_did(site, pacs, capsys):
     said = capsys.readouterr().out
     assert "6 are new" in said and "CT" in said and "1.1" not in said
     assert "3 further studies stay in the PACS" in said
-    assert not (folder / "spool").exists() and not (folder / "intake.jsonl").exists()
+    assert not (folder / "spool").exists() and not (folder / "audit").exists()
     pacs.add("1.2.1.0")
     assert run("pull", folder, "--json") == 1
     told = json.loads(capsys.readouterr().out)["archive"]
@@ -112,9 +113,9 @@ def test_pull_counts_retrieves_and_notes_what_it_did(site, pacs, capsys):
     assert run("pull", folder) == 0
     assert "1 retrieved, 5 were here" in capsys.readouterr().out
     assert len(list(spool.found(folder / "spool", KEY))) == 6
-    records = auditlog.read(folder / "intake.jsonl")
+    records = [row for row in log.read(folder) if row["event"] == "pull"]
     assert [record["retrieved"] for record in records] == [5, 1]
-    assert "1.2.1" not in (folder / "intake.jsonl").read_text()
+    assert "1.2.1" not in repr(records)
 
 
 def test_leftovers_of_a_crash_are_removed_first_but_not_by_a_dry_run(site, pacs):
@@ -173,7 +174,7 @@ def test_listen_until_a_signal(site, hospital_file):
     counts = json.loads(out)["routed"]
     assert counts["stored"] == 1 and counts["stranger"] == 1
     assert "stopping" in err and "Traceback" not in err and str(ds.PatientID) not in err
-    assert auditlog.read(folder / "intake.jsonl")[0]["stored"] == 1
+    assert log.read(folder)[-1]["stored"] == 1
     assert [found.size > 100 for found in spool.found(folder / "spool", KEY)] == [True]
 
 

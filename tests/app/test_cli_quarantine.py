@@ -14,11 +14,11 @@ from rich.console import Console
 
 from fedscan import cli_quarantine, quarantine_view
 from fedscan_client import keys
+from fedscan_client.audit import log
 from fedscan_client.intake import preview_server, quarantine
 from fedscan_client.intake.quarantine import Found
 from fedscan_client.intake.rules import QuarantineSettings, blackout_for
 from fedscan_client.intake.traits import traits
-from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, DataError
 
 KEY = b"k" * 32
@@ -98,7 +98,7 @@ def asked(site):
 
 
 def decisions(site):
-    return [row for row in auditlog.read(site / "intake.jsonl") if row.get("what") == "quarantine"]
+    return [row for row in log.read(site) if row["event"] == "quarantine"]
 
 
 def test_list(site, run):

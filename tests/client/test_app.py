@@ -1,5 +1,6 @@
 """The app as the server meets it, through Flower's messages: what it answers, what it charges, what it never says."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,9 +12,9 @@ from safetensors.numpy import load_file
 from fedscan.grid import InlineGrid
 from fedscan_client import cohort, evaluate, site, train
 from fedscan_client.app import make_app
+from fedscan_client.audit import log
 from fedscan_client.dp import ledger, ledger_file
-from fedscan_client.gate import egress
-from fedscan_core import accounting, auditlog, config, wire
+from fedscan_core import accounting, config, wire
 from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
@@ -37,7 +38,9 @@ def ask(here, kind, run, *, round_=0, model=None, run_id="demo"):
     record = tell(here, kind, wire.request_record(Request(Order(run_id, config.for_sites(run)), round_, model)))
     text = repr(record.config_records)
     assert not [word for word in INSIDE if word in text] and set(record) <= {"status", "plan", "update", "histogram"}
-    return wire.read_reply(record)
+    reply = wire.read_reply(record)
+    assert reply.site == "unknown" or reply.anchor == log.anchor(here.folder)
+    return dataclasses.replace(reply, anchor="")
 
 
 def weights(run, seed=0):
@@ -55,7 +58,7 @@ def rows(here):
 
 
 def released(here):
-    return auditlog.read(here.folder / "released.jsonl")
+    return [row for row in log.read(here.folder) if row["event"] == "release"]
 
 
 @pytest.fixture
@@ -229,7 +232,8 @@ def test_a_message_that_is_malformed_is_not_answered(here, run, change):
         record.config_records["run"]["run_id"] = "../../escape"
     else:
         record.config_records["run"]["config"] = json.dumps({"name": "demo", "canary": 1})
-    assert wire.read_reply(tell(here, "train", record)) == wire.Reply("north", "failed")
+    reply = wire.read_reply(tell(here, "train", record))
+    assert reply == wire.Reply("north", "failed", anchor=log.anchor(here.folder))
     assert kinds(here) == ["opened", "admitted"]
 
 
@@ -238,7 +242,7 @@ def test_a_crash_burns_the_round_and_not_the_run(here, run, monkeypatch):
         patch.setattr(train, "train_round", lambda *args, **kwargs: 1 / 0)
         assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "failed"
-    assert kinds(here) == ["opened", "admitted", "reserved"] and not (here.folder / "released.jsonl").exists()
+    assert kinds(here) == ["opened", "admitted", "reserved"] and not released(here)
     assert ask(here, "train", run, round_=2, model=weights(run)).status == "ok"
 
 
@@ -274,7 +278,7 @@ def test_a_damaged_ledger_stops_everything_and_says_nothing(here, run, kind):
 
 
 def test_another_lifetime_budget_is_not_taken(here, run):
-    rich = here.model_copy(update={"policy": type(here.policy)(1000.0, 1e-3, research_cohort=True)})
+    rich = here.model_copy(update={"policy": dataclasses.replace(here.policy, max_epsilon=1000.0)})
     assert ask(rich, "query", run) == wire.Reply("north", "failed")
 
 
@@ -294,7 +298,7 @@ def test_the_reservation_is_on_disk_before_noise_is_drawn(here, run, monkeypatch
 
 
 def test_the_answer_is_on_disk_before_it_is_settled_and_settled_before_it_is_sent(here, run, monkeypatch):
-    steps, settle, record = [], ledger.settle, egress.record
+    steps, settle, append = [], ledger.settle, log.append_all
 
     def settling(path, run_id, round_, output_sha):
         (answer,) = (here.folder / "outbox").glob("*/*")
@@ -302,15 +306,15 @@ def test_the_answer_is_on_disk_before_it_is_settled_and_settled_before_it_is_sen
         steps.append("settle")
         settle(path, run_id, round_, output_sha)
 
-    def recording(*args, **kwargs):
+    def recording(folder, records):
         assert kinds(here)[-1] == "settled"
-        steps.append("record")
-        return record(*args, **kwargs)
+        steps.extend(event for event, _ in records)
+        return append(folder, records)
 
     monkeypatch.setattr(ledger, "settle", settling)
-    monkeypatch.setattr(egress, "record", recording)
+    monkeypatch.setattr(log, "append_all", recording)
     assert ask(here, "train", run, round_=1, model=weights(run)).status == "ok"
-    assert steps == ["settle", "record"]
+    assert steps == ["settle", "release", "answer"]
 
 
 def test_an_answer_that_was_lost_is_not_made_again(here, run):
@@ -363,5 +367,6 @@ def test_two_runs_at_once_each_get_their_own_bytes_again(here, run):
 
 def test_a_release_without_privacy_is_recorded_too(here, make_run):
     run = make_run(privacy={"enabled": False})
-    update = ask(here, "train", run, round_=1, model=weights(run)).update
+    assert ask(here, "query", run, run_id="bare").status == "ok"
+    update = ask(here, "train", run, round_=1, model=weights(run), run_id="bare").update
     assert [record["sha256"] for record in released(here)] == [wire.fingerprint(update)]

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedscan.grid import InlineGrid
 from fedscan_client import app
+from fedscan_client.audit import log
 from fedscan_client.dp import engine, ledger_file, ledger_lock
-from fedscan_core import accounting, auditlog, config, wire
+from fedscan_core import accounting, config, wire
 from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
@@ -24,7 +25,7 @@ def ask(here, kind, run, *, round_=0, model=None):
     grid = InlineGrid(app.make_app(here if callable(here) else lambda context: here), 1)
     record = wire.request_record(Request(Order("demo", config.for_sites(run)), round_, model))
     (reply,) = grid.send_and_receive([Message(record, next(iter(grid.get_node_ids())), kind)])
-    return wire.read_reply(reply.content)
+    return dataclasses.replace(wire.read_reply(reply.content), anchor="")
 
 
 def weights(run):
@@ -37,7 +38,7 @@ def rows(here):
 
 
 def released(here):
-    return auditlog.read(here.folder / "released.jsonl")
+    return [row for row in log.read(here.folder) if row["event"] == "release"]
 
 
 @pytest.fixture

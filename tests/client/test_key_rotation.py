@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from fedscan_client import key_rotation, keys
+from fedscan_client.audit import log
 from fedscan_client.intake import cache, cache_keys
 from fedscan_client.intake.cache_keys import Damaged
 from fedscan_client.keys import Settings, SiteKey
-from fedscan_core import auditlog
 from fedscan_core.errors import SiteKeyError
 from fedscan_core.files import write_atomic
 
@@ -71,7 +71,7 @@ def test_the_old_key_opens_nothing_afterwards(tmp_path):
     with pytest.raises(SiteKeyError):
         fill(tmp_path, old)
     fill(tmp_path, new)
-    events = [(line["event"], line["key"]) for line in auditlog.read(tmp_path / keys.LOG)]
+    events = [(line["did"], line["key"]) for line in log.read(tmp_path) if line["event"] == "key"]
     assert events == [("key created", old.key_id), ("rotation begun", old.key_id), ("key rotated", new.key_id)]
 
 

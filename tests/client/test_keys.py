@@ -16,9 +16,9 @@ import keyring.errors
 import pytest
 
 from fedscan_client import keys
+from fedscan_client.audit import log
 from fedscan_client.cohort import split_of
 from fedscan_client.keys import Settings, SiteKey
-from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, MissingExtra, SiteKeyError
 
 FILE = Settings()
@@ -61,8 +61,8 @@ def test_a_file_comes_back_and_only_its_owner_reads_it(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
     assert keys.load(tmp_path / "site", FILE) == key
     assert key.names != key.wrapping and key != keys.create(tmp_path / "other", FILE)
-    logged = auditlog.read(tmp_path / "site" / keys.LOG)
-    assert logged == [{"event": "key created", "key": key.key_id}]
+    _, logged = log.read(tmp_path / "site")
+    assert (logged["event"], logged["did"], logged["key"]) == ("key", "key created", key.key_id)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o622, 0o666, 0o610])

@@ -19,7 +19,7 @@ from fedscan_core.errors import ConfigError, FolderError, RunFailed
 from fedscan_core.order import Order
 from fedscan_core.wire import Reply
 from fedscan_server import checkpoint, evaluate, tracking
-from fedscan_server.app import Job, Progress, initial_model, make_app, run_rounds
+from fedscan_server.app import Job, Progress, initial_model, run_rounds
 
 SIZES = (120, 60, 30)
 NAMES = ("ash", "birch", "cedar")
@@ -393,12 +393,3 @@ def test_a_site_whose_answer_is_lost_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(sites.grid, "pull_messages", lossy)
     _, _, rounds = go(tmp_path, run_config(rounds=1), sites, timeout=0.3)
     assert rounds[0]["sites"] == 2 and rounds[0]["dropped"] == ["cedar: did not answer in time"]
-
-
-def test_the_server_app_runs_the_job(tmp_path):
-    seen: list[str] = []
-    run = run_config(rounds=1)
-    job = Job(run, Order("demo-1", config.for_sites(run)), tmp_path, watch=lambda progress: seen.append(progress.phase))
-    make_app(job)(Sites().grid, Context(1, 1, {}, wire.request_record(wire.Request(Order("r", "{}"), 0)), {}))
-    assert (tmp_path / tracking.SUMMARY).exists()
-    assert list(dict.fromkeys(seen)) == ["declare", "round", "evaluate", "done"]

@@ -11,7 +11,12 @@ the gate that was fixed when the ledger opened:
 - "rdp": the plans' Renyi DP at one order, fixed when the ledger opened, adds up to at most what that order allows for
   the budget (`fedscan_core.rdp`). It counts steps and not runs: room for more runs, each a little dearer.
 
-Stopping early is free and refunds nothing. A budget never refills.
+Stopping early is free and refunds nothing. A budget never refills. A yearly limit inside it only refuses more: what it
+frees again after a year is never more than what the budget has left.
+
+"Budget" is the newest that the ledger holds: a hospital may raise it (`raise_budget`), which is a row like any other.
+From then on it promises less, and of everything that ever left. Whoever raises after looking at answers has promised,
+from the start, no more than the largest budget they would have raised to.
 
 One answer per question: a reservation belongs to (run, round, hash of the input). The same question again is answered
 from the persisted bytes; the same round with another input is refused; a crash between reservation and persisted
@@ -91,7 +96,8 @@ def open_ledger(book: Book, budget: Budget, patients_declared: int, gate: Gate =
     """Creates the ledger, or checks all of the one there, and that it has this budget, gate and declared size.
 
     Raises:
-        RecordDamaged: it was changed, is an older copy or another version's, or was opened with other constants.
+        RecordDamaged: it was changed, is an older copy or another version's, was opened with other constants, or its
+            budget was not raised to this one.
         FolderError: another agent holds it, or it cannot be written.
     """
     old = book.ledger.with_name(OLD)
@@ -112,11 +118,38 @@ def open_ledger(book: Book, budget: Budget, patients_declared: int, gate: Gate =
         if opened[key] != wanted[key]:
             raise RecordDamaged(
                 f"{book.ledger} was opened with {word} {opened[key]}, not {wanted[key]}.",
-                remedy="What a ledger was opened with never changes; put the old value back into site.toml.",
+                remedy="Put the old value back into site.toml. Only the budget can change, and only upwards: "
+                "fedscan agent budget raise",
             )
 
 
-def admit(book: Book, run_id: str, plan: SitePlan, config_sha: str) -> None:
+def raise_budget(book: Book, budget: Budget, by: str) -> None:
+    """Writes a larger budget into an open ledger; the gate, and under "rdp" its order, stay. Once more is free.
+
+    Args:
+        book: the ledger.
+        budget: the whole new one; neither epsilon nor delta below the old.
+        by: who decided, by name.
+
+    Raises:
+        ConfigError: a budget that is none, or below the one held.
+        RecordDamaged, FolderError: as `open_ledger`.
+    """
+    with ledger_file.writing(book) as db:
+        ledger_file.check(db)
+        held = _opened(db)
+        wanted = constants(budget, held["patients_declared"], held["gate"])
+        if (wanted["epsilon"], wanted["delta"]) == (held["epsilon"], held["delta"]):
+            return
+        if budget.epsilon < float(held["epsilon"]) or budget.delta < float(held["delta"]):
+            raise ConfigError(
+                f"The ledger's budget is epsilon {held['epsilon']} and delta {held['delta']}: it is only ever raised.",
+                remedy="To allow less from now on, set policy.epsilon_per_year or policy.valid_until.",
+            )
+        ledger_file.append(db, {"state": "raised", "epsilon": wanted["epsilon"], "delta": wanted["delta"], "by": by})
+
+
+def admit(book: Book, run_id: str, plan: SitePlan, config_sha: str, per_year: float | None = None) -> None:
     """Charges a run's sealed plan to the ledger, once; a second call with the same plan is free.
 
     Args:
@@ -125,9 +158,10 @@ def admit(book: Book, run_id: str, plan: SitePlan, config_sha: str) -> None:
         plan: what it will do in all.
         config_sha: digest of the run's whole configuration. It is sealed with the plan: a server that could change
             it between rounds could take more steps than the plan pays for.
+        per_year: epsilon that the plans admitted within 365 days may add up to, with this one.
 
     Raises:
-        BudgetError: over budget, or the run was admitted with another plan or configuration.
+        BudgetError: over budget or the yearly limit, or the run was admitted with another plan or configuration.
         RecordDamaged: there is no ledger, it was changed, or it is an older copy.
     """
     with ledger_file.writing(book) as db:
@@ -136,8 +170,8 @@ def admit(book: Book, run_id: str, plan: SitePlan, config_sha: str) -> None:
             if (row["plan"], row["config"]) != (wanted, config_sha):
                 raise BudgetError(f"Run {run_id} was admitted with another plan.", remedy="Start it under a new name.")
             return
-        opened = _opened(db)
-        reason = ledger_gate.over(opened, _admitted(db), plan)
+        opened, before = _opened(db), _admitted(db)
+        reason = ledger_gate.over(opened, before, plan) or ledger_gate.over_year(per_year, before, plan)
         if reason is not None:
             raise BudgetError(reason, remedy="Ask for a smaller target_epsilon, or ask the site for more.")
         curve = accounting.renyi(plan.events(), tuple(opened["orders"]))
@@ -235,7 +269,7 @@ def answer_of(book: Book, run_id: str, round_: int) -> str | None:
     return str(rows[0]["output"]) if rows else None
 
 
-def one_more(book: Book, plan: SitePlan, unopened: Row) -> dict[str, Any]:
+def one_more(book: Book, plan: SitePlan, unopened: Row, per_year: float | None = None) -> dict[str, Any]:
     """What one more run with this plan would take: its share of the budget, whether it fits, and with which noise.
 
     Charges nothing. `noise_that_fits` is the smallest training noise multiplier that would be admitted, or None.
@@ -244,15 +278,26 @@ def one_more(book: Book, plan: SitePlan, unopened: Row) -> dict[str, Any]:
         book: the ledger.
         plan: of the run.
         unopened: the `constants` of a ledger that is not there yet.
+        per_year: see `admit`.
     """
-    opened, admitted = unopened, list[Row]()
-    if book.ledger.exists():
-        with ledger_file.reading(book) as db:
-            opened, admitted = _opened(db), _admitted(db)
-    reason = ledger_gate.over(opened, admitted, plan)
+    opened, admitted = _as_it_is(book, unopened)
+    reason = ledger_gate.over(opened, admitted, plan) or ledger_gate.over_year(per_year, admitted, plan)
     noise = plan.noise_multiplier if reason is None else ledger_gate.least_noise(opened, admitted, plan)
     share = ledger_gate.share_of(opened, plan)
     return {"share": share, "fits": reason is None, "reason": reason or "", "noise_that_fits": noise}
+
+
+def remaining(book: Book, unopened: Row, per_year: float | None = None) -> tuple[float, float]:
+    """Epsilon and delta that are left now, of the budget and of the yearly limit; see `ledger_gate.left`."""
+    return ledger_gate.left(*_as_it_is(book, unopened), per_year)
+
+
+def over(book: Book, run_id: str, plan: SitePlan, unopened: Row, per_year: float | None = None) -> str | None:
+    """Why `admit` would refuse the plan for want of budget, in public words, or None; charges nothing."""
+    opened, before = _as_it_is(book, unopened)
+    if any(row["run_id"] == run_id for row in before):
+        return None
+    return ledger_gate.over(opened, before, plan) or ledger_gate.over_year(per_year, before, plan)
 
 
 def summary(book: Book) -> dict[str, Any]:
@@ -264,6 +309,10 @@ def summary(book: Book) -> dict[str, Any]:
     with ledger_file.reading(book) as db:
         opened, admitted, (seq, head) = _opened(db), _admitted(db), ledger_file.head(db)
         booked = ledger_file.find(db, "round IS NOT NULL ORDER BY seq")
+        raises = [
+            {"utc": row["utc"], "epsilon": float(row["epsilon"]), "delta": float(row["delta"]), "by": row["by"]}
+            for row in ledger_file.find(db, _RAISED)
+        ]
     runs: dict[str, dict[str, Any]] = {}
     for row in admitted:
         price = {"epsilon": float(row["epsilon"]), "delta": float(row["delta"])}
@@ -283,15 +332,29 @@ def summary(book: Book) -> dict[str, Any]:
         "head": head,
         "budget": budget,
         "reserved": ledger_gate.reserved(opened, admitted),
+        "raised": raises,
         "runs": runs,
     }
 
 
+_RAISED = "state = 'raised' ORDER BY seq"
+
+
 def _opened(db: sqlite3.Connection) -> Row:
+    """The ledger's constants, with the budget as it was last raised."""
     rows = ledger_file.find(db, "seq = 1")
     if not rows:
         raise RecordDamaged("The ledger holds nothing.", remedy="A run must be admitted first.")
-    return rows[0]
+    raised = ledger_file.find(db, _RAISED)
+    return rows[0] | {key: raised[-1][key] for key in ("epsilon", "delta")} if raised else rows[0]
+
+
+def _as_it_is(book: Book, unopened: Row) -> tuple[Row, list[Row]]:
+    """Constants and admitted plans; those of `unopened` where there is no ledger yet."""
+    if not (book.ledger.exists() or book.counter.exists()):
+        return unopened, []
+    with ledger_file.reading(book) as db:
+        return _opened(db), _admitted(db)
 
 
 def _admitted(db: sqlite3.Connection) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The arithmetic of a ledger's gate, on rows as they are in the file: is there room, and how much is reserved.
+"""The arithmetic of a ledger's gate, on rows as they are in the file: is there room, how much is reserved, and left.
 
 All sums are on the side of privacy: the rows' decimals add exactly, Renyi DP is rounded up, and what an order allows is
 rounded down.
@@ -7,6 +7,7 @@ rounded down.
 import dataclasses
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +16,8 @@ from fedscan_core.accounting import Event, SitePlan
 from fedscan_core.errors import PrivacyError
 
 Row = dict[str, Any]
+
+YEAR = timedelta(days=365)
 
 
 def over(opened: Row, admitted: Sequence[Row], plan: SitePlan) -> str | None:
@@ -40,6 +43,35 @@ def over(opened: Row, admitted: Sequence[Row], plan: SitePlan) -> str | None:
         f"The run's Renyi DP at order {opened['order']} is {cost:.3g}; of the {max(0.0, allowed):.3g} that epsilon "
         f"{opened['epsilon']} at delta {opened['delta']} allows in all, {max(0.0, allowed - spent):.3g} is left."
     )
+
+
+def over_year(per_year: float | None, admitted: Sequence[Row], plan: SitePlan) -> str | None:
+    """Why the plan is too much for one year (None: no such limit), in public words, or None."""
+    if per_year is None:
+        return None
+    spent, fits = _within_a_year(admitted), plan.epsilon < math.inf and 0 <= per_year < math.inf  # not for a NaN
+    if fits and spent + Fraction(repr(float(plan.epsilon))) <= Fraction(repr(float(per_year))):
+        return None
+    return (
+        f"The run asks for epsilon {plan.epsilon:.3g}; of the {per_year:g} that this site gives within {YEAR.days} "
+        f"days, {max(0.0, per_year - float(spent)):.3g} is left."
+    )
+
+
+def left(opened: Row, admitted: Sequence[Row], per_year: float | None = None) -> tuple[float, float]:
+    """Epsilon and delta that one more run could have now.
+
+    Under "sum" exactly; under "rdp" what the order that decides still allows, read as an epsilon at the whole delta.
+    """
+    epsilon, delta = _sums(admitted)
+    if opened["gate"] == "sum":
+        free, rest = float(Fraction(opened["epsilon"]) - epsilon), float(Fraction(opened["delta"]) - delta)
+    else:
+        rest, room = float(opened["delta"]), allowed_rdp(opened) - spent_rdp(opened, admitted)
+        free = rdp.to_epsilon([room], rest, [opened["order"]]) if room > 0 else 0.0
+    if per_year is not None:
+        free = min(free, per_year - float(_within_a_year(admitted)))
+    return max(0.0, min(free, float(opened["epsilon"]))), max(0.0, rest)
 
 
 def reserved(opened: Row, admitted: Sequence[Row]) -> dict[str, float]:
@@ -99,6 +131,11 @@ def allowed_rdp(opened: Row) -> float:
 
 def _cost(opened: Row, events: Sequence[Event]) -> float:
     return accounting.renyi(events, (opened["order"],))[0]
+
+
+def _within_a_year(admitted: Sequence[Row]) -> Fraction:
+    since = (datetime.now(UTC) - YEAR).isoformat(timespec="seconds")
+    return _sums([row for row in admitted if row["utc"] >= since])[0]
 
 
 def _sums(admitted: Sequence[Row]) -> tuple[Fraction, Fraction]:

@@ -17,9 +17,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from datetime import date
 
 from fedscan_client import consent, key_use, keys
+from fedscan_client.audit import log
 from fedscan_client.consent import NoPermit, Register, withdrawals
 from fedscan_client.intake import cache, cache_keys, index, labels, objects, quarantine, series
 from fedscan_client.intake.index import Row
@@ -28,10 +29,8 @@ from fedscan_client.intake.report import Counts, Outcome, Report, Tallies
 from fedscan_client.intake.scan import scan
 from fedscan_client.intake.series import Piece, Work
 from fedscan_client.site import Site
-from fedscan_core import auditlog
 from fedscan_core.errors import ConfigError, DataError, FolderError
 
-LOG = "intake.jsonl"
 LOCK = "ingest.lock"
 
 Tell = Callable[[str, int, int | None], None]
@@ -148,10 +147,8 @@ def _ingest(site: Site, dry: bool, allow_loss: bool, today: date, tell: Tell) ->
         read=work.read["instances"],
     )
     if not dry:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         told = {"objects": total, "accepted": report.instances("accepted"), "destroyed": report.destroyed}
-        with auditlog.exclusive(site.folder / LOG):
-            auditlog.append(site.folder / LOG, {"utc": now, "what": "ingest", "key": key.key_id, **told})
+        log.append(site.folder, "ingest", key=key.key_id, **told)
     return report
 
 

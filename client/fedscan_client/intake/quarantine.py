@@ -1,14 +1,14 @@
 """What waits for a person, and what a person decided: durable, and without an identifier.
 
     SITE/quarantine.sqlite    see `quarantine_file`
-    SITE/intake.jsonl         one line for every decision, on disk before the decision holds
+    SITE/audit/               one line for every decision, on disk before the decision holds
 
 Guarantee: the file holds keyed HMACs, counts, sizes in pixels, days, words of closed lists and the name of who decided.
 No free text of a header gets in. Locators and the reasons that people type are sealed under the site's wrapping key.
 Pixels are never written. A decision counts for exactly those instances that were there when it was taken, with the
 content they had; what comes later, or changes, waits again. Only reasons of `records.REVIEW` can be released; that is
 asked again whenever a decision is used. Assumed: whoever can write the file is trusted; a row that was changed by hand
-shows only in comparison with intake.jsonl.
+shows only in comparison with the audit log.
 
 An item is all instances of one series that share reason, kind of object and size.
 """
@@ -22,14 +22,13 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fedscan_client.audit import log
 from fedscan_client.intake import blackout
 from fedscan_client.intake.quarantine_file import NAME, reading, seal, unseal, wipe_log, writing
 from fedscan_client.intake.records import REASONS, REVIEW, Rectangle, what_to_do
 from fedscan_client.intake.traits import UNKNOWN, Traits
-from fedscan_core import auditlog
 from fedscan_core.errors import DataError
 
-LOG = "intake.jsonl"
 _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look like another
 _ID_LENGTH = 10
 # What an item's instances share, as fields of `Item` and columns of the file.
@@ -213,7 +212,7 @@ def forget(folder: Path, instances: Iterable[str]) -> int:
 def remove_patient(folder: Path, patient: str) -> int:
     """Removes everything kept of a patient (HMAC), decisions as well, from the file and its log; returns how many.
 
-    Lines of intake.jsonl stay: they name an item by a hash and nobody. A patient "" is nobody: nothing is removed.
+    Lines of the audit log stay: they name an item by a hash and nobody. A patient "" is nobody: nothing is removed.
     """
     if not patient or not (folder / NAME).exists():
         return 0
@@ -285,7 +284,7 @@ def decide(
 ) -> Item:
     """Records what a person decided on all instances of an item; returns the item as it is then.
 
-    The line in intake.jsonl is on disk first: a crash in between leaves a line without a decision, never the reverse.
+    The line in the audit log is on disk first: a crash in between leaves a line without a decision, never the reverse.
     `why` is sealed and not in the log, because people type names.
 
     Args:
@@ -307,7 +306,7 @@ def decide(
         raise DataError("Rectangles belong to a blackout, and a blackout to rectangles.", remedy="Give --rect.")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     sides = [[it.top, it.left, it.bottom, it.right] for it in rectangles]
-    with auditlog.exclusive(folder / LOG), writing(folder) as db:
+    with writing(folder) as db:
         item = _get(db, id)
         if verdict != "rejected" and not item.releasable:
             raise DataError(
@@ -321,9 +320,8 @@ def decide(
         db.execute("UPDATE decisions SET why = ? WHERE number = ?", (sealed, number))
         db.execute("UPDATE instances SET decision = ? WHERE item = ?", (number, item.id))
         _drop_unused(db)
-        told: dict[str, Any] = {"utc": now, "what": "quarantine", "decision": verdict, "by": by.strip()}
-        told |= {"item": item.id, "reason": item.reason, "instances": item.instances, "rectangles": sides}
-        auditlog.append(folder / LOG, told)
+        told: dict[str, Any] = {"decision": verdict, "by": by.strip(), "item": item.id, "reason": item.reason}
+        log.append(folder, "quarantine", **told, instances=item.instances, rectangles=sides)
         return _get(db, item.id)
 
 

@@ -5,7 +5,6 @@ uvicorn has no time limit for a request's head, nor a limit on connections of on
 
 import asyncio
 import contextlib
-import functools
 import signal
 import ssl
 import threading
@@ -72,9 +71,13 @@ class Server(uvicorn.Server):
         """Opens the port."""
         loop = asyncio.get_running_loop()
         plain = loop.create_server
-        if self.config.ssl:  # uvicorn does not pass these on; asyncio gives a handshake 60 s
-            short = functools.partial(plain, ssl_handshake_timeout=_HANDSHAKE_SECONDS, ssl_shutdown_timeout=5.0)
-            loop.create_server = short  # type: ignore[method-assign]
+
+        async def short(*args: Any, **named: Any) -> Any:  # uvicorn passes no times on; asyncio's handshake has 60 s
+            if named.get("ssl"):
+                named |= {"ssl_handshake_timeout": _HANDSHAKE_SECONDS, "ssl_shutdown_timeout": 5.0}
+            return await plain(*args, **named)
+
+        loop.create_server = short  # type: ignore[method-assign]
         try:
             await super().startup(sockets)
         finally:

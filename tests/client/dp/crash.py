@@ -24,8 +24,10 @@ from typing import Any
 import torch
 
 from fedscan_client import app, cohort, evaluate, site, train
+from fedscan_client.audit import log
 from fedscan_client.dp import ledger, ledger_file, noise
-from fedscan_core import auditlog, config, wire
+from fedscan_client.gate import egress
+from fedscan_core import config, wire
 from fedscan_core.order import Order
 from fedscan_core.wire import Request
 from fedscan_models import registry
@@ -78,7 +80,9 @@ class Asker:
         model = None if kind == "query" else self.model
         with keys_noted(seen, run_id, round_):
             try:
-                reply = handle(here, Request(Order(run_id, self.config), round_, model))
+                request = Request(Order(run_id, self.config), round_, model)
+                reply = handle(here, request)
+                egress.answer(here, kind, request, reply)
             except Exception as error:  # as `app._answer` does
                 note(seen, {"error": f"{type(error).__name__}: {error}", "run": run_id, "round": round_})
                 return "failed"
@@ -211,7 +215,7 @@ def look(folder: Path, seen: Path, how: str, where: str, status: int | None) -> 
     told: dict[str, Any] = {"how": how, "where": where, "status": status, "rows": [], "seen": [], "released": []}
     if seen.exists():
         told["seen"] = [json.loads(line) for line in seen.read_text().splitlines()]
-    told["released"] = auditlog.read(folder / "released.jsonl")
+    told["released"] = [row for row in log.read(folder) if row["event"] == "release"]
     if here.ledger.exists() or here.book.counter.exists():
         budget = ledger.Budget(here.policy.max_epsilon, here.policy.max_delta)
         ledger.open_ledger(here.book, budget, here.patients_declared)

@@ -1,6 +1,5 @@
 """The intake end to end: a phantom hospital through the whole door, on a site's own folder."""
 
-import json
 import shutil
 from datetime import date
 
@@ -8,7 +7,8 @@ import pydicom
 import pytest
 
 from fedscan_client import consent, keys
-from fedscan_client.intake import cache, decode, deid, ingest, objects, quarantine, read
+from fedscan_client.audit import log
+from fedscan_client.intake import cache, decode, deid, objects, quarantine, read
 from fedscan_client.intake.sources.settings import Folder
 from fedscan_core.errors import ConfigError, ConsentError, DataError, SiteKeyError
 
@@ -227,8 +227,8 @@ def test_an_empty_source_is_an_error_and_destroys_nobody(door, hospital, tmp_pat
 def test_what_was_done_is_on_record_without_identifiers(door, hospital, tmp_path):
     site = door.site(hospital, tmp_path / "site")
     door.run(site)
-    last = json.loads((site.folder / ingest.LOG).read_text().splitlines()[-1])
-    assert last["what"] == "ingest" and last["accepted"] > 0 and last["key"] == door.KEY.key_id
+    last = log.read(site.folder)[-1]
+    assert last["event"] == "ingest" and last["accepted"] > 0 and last["key"] == door.KEY.key_id
 
 
 def test_what_goes_when_a_patient_goes(door, cr_instance, save, tmp_path):

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedscan_client.audit import log
 from fedscan_client.intake import quarantine, quarantine_file
 from fedscan_client.intake.quarantine import Found
 from fedscan_client.intake.records import REASONS, REVIEW, Rectangle
 from fedscan_client.intake.traits import Traits, traits
-from fedscan_core import auditlog
 from fedscan_core.errors import DataError, FolderError
 
 KEY, OTHER = b"k" * 32, b"o" * 32
@@ -104,7 +104,7 @@ def test_nobody_lets_in_any_other_reason(tmp_path, reason, verdict):
     id = quarantine.items(tmp_path)[0].id
     with pytest.raises(DataError, match="cannot be let in by anybody"):
         decide(tmp_path, id, verdict, BAR if verdict == "blackout" else ())
-    assert not (tmp_path / "intake.jsonl").exists() and not quarantine.items(tmp_path)[0].releasable
+    assert log.read(tmp_path) == [] and not quarantine.items(tmp_path)[0].releasable
     # Even a row that was written by hand does not.
     with quarantine_file.writing(tmp_path) as db:
         db.execute("INSERT INTO decisions VALUES (1, 'released', '[]', 'x', '', x'')")
@@ -133,7 +133,7 @@ def test_a_decision_that_makes_no_sense_is_none(tmp_path, verdict, rectangles, w
     id = filled(tmp_path)
     with pytest.raises(DataError, match=said):
         decide(tmp_path, id, verdict, rectangles, **words)
-    assert quarantine.get(tmp_path, id).decision == "" and not (tmp_path / "intake.jsonl").exists()
+    assert quarantine.get(tmp_path, id).decision == "" and log.read(tmp_path) == []
 
 
 def test_ids_are_found_by_their_first_letters_only_if_one_has_them(tmp_path):
@@ -149,10 +149,10 @@ def test_ids_are_found_by_their_first_letters_only_if_one_has_them(tmp_path):
 def test_the_log_says_who_did_what_to_how_many_and_to_nobody(tmp_path):
     id = filled(tmp_path)
     decide(tmp_path, id, "blackout", BAR, why="as Carla Canary asked")
-    (line,) = auditlog.read(tmp_path / "intake.jsonl")
+    _, line = log.read(tmp_path)
     assert line.pop("utc").startswith("20")
     assert line == {
-        "what": "quarantine",
+        "event": "quarantine",
         "decision": "blackout",
         "by": "A. Meier",
         "item": id,
@@ -267,15 +267,15 @@ CRASH = """
 import os, sys
 from pathlib import Path
 from fedscan_client.intake import quarantine
-from fedscan_core import auditlog
+from fedscan_client.audit import log
 folder, when, id = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-append = auditlog.append
-def dies(path, record):
+append = log.append
+def dies(*args, **fields):
     if when == "before":
         os._exit(9)
-    append(path, record)
+    append(*args, **fields)
     os._exit(9)
-auditlog.append = dies
+log.append = dies
 quarantine.decide(folder, b"k" * 32, id, "released", by="A", why="b")
 """
 
@@ -285,10 +285,14 @@ def test_a_crash_leaves_a_line_without_a_decision_never_the_reverse(tmp_path, wh
     id = filled(tmp_path)
     done = subprocess.run([sys.executable, "-c", CRASH, tmp_path, when, id], env=os.environ, check=False)
     assert done.returncode == 9
-    assert len(auditlog.read(tmp_path / "intake.jsonl")) == lines
+    assert len(logged(tmp_path)) == lines
     assert ask(tmp_path) is None and quarantine.get(tmp_path, id).state == "waiting"
     decide(tmp_path, id)
-    assert ask(tmp_path) == () and len(auditlog.read(tmp_path / "intake.jsonl")) == lines + 1
+    assert ask(tmp_path) == () and len(logged(tmp_path)) == lines + 1
+
+
+def logged(folder):
+    return [row for row in log.read(folder) if row["event"] == "quarantine"]
 
 
 def test_a_put_that_fails_half_way_leaves_nothing(tmp_path):

@@ -1,0 +1,1 @@
+"""The site's audit log: what left, who decided what, and the proof that nobody changed it since."""

@@ -1,0 +1,170 @@
+"""Enrolment: a hospital's folder, its keys, and its public key at the coordinator, from one file of invitation.
+
+Every step may be stopped and done again: nothing that is there is replaced, and a coordinator that already knows this
+site's key is not asked twice. Private keys are made here and stay here; what leaves is the public key and the policy.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedscan_client import budget, door, keys, site, site_template
+from fedscan_client import connection as connections
+from fedscan_client.audit import log
+from fedscan_client.connection import Connection
+from fedscan_client.site import Site
+from fedscan_core import invite as invites
+from fedscan_core import node_key
+from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
+from fedscan_core.files import write_atomic
+from fedscan_core.invite import Invite
+
+RETIRED = "retired"  # file in the site's folder: the day on which it was retired
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """What came of it.
+
+    Attributes:
+        site: as site.toml has it now.
+        connection: where it connects to.
+        ca_fingerprint: of the coordinator's authority, "" for a public one; to be read out by telephone.
+        made: what was made, in words, for the person who typed the command.
+        known: what the coordinator knows of the site.
+        launchers: who may launch there, name -> public key; empty where an earlier call enrolled.
+    """
+
+    site: Site
+    connection: Connection
+    ca_fingerprint: str
+    made: tuple[str, ...]
+    known: Mapping[str, Any]
+    launchers: Mapping[str, str] = field(default_factory=dict)
+
+
+def enrol(invitation: Path, folder: Path | None = None) -> Enrolled:
+    """Enrols the site of an invitation; again does only what is missing.
+
+    Args:
+        invitation: the coordinator's file.
+        folder: the site's folder; default: one of the site's name in the working directory. A site.toml in it is kept.
+
+    Raises:
+        ConfigError: no usable invitation, or the folder's site.toml is wrong or another site's.
+        FolderError: the folder is enrolled somewhere else, was retired, or cannot be written.
+        SiteKeyError: a key that is there cannot be used.
+        DoorError: the coordinator cannot be reached or trusted, or the invitation was used. Keys and site.toml stay.
+    """
+    invite = invites.read(invitation, "site")
+    folder = Path(invite.name) if folder is None else folder
+    _same_place(folder, invite)
+    made = []
+    if not (folder / site.FILE).exists():
+        _make_folder(folder)
+        write_atomic(folder / site.FILE, site_template.text(invite.name).encode())
+        made.append(f"{folder / site.FILE}: fill in the lines marked FILL IN")
+    here = site.load(folder)
+    if here.name != invite.name:
+        raise ConfigError(
+            f"{folder / site.FILE} is of site '{here.name}', the invitation is for '{invite.name}'.",
+            remedy="Give another folder, or ask for an invitation under that name.",
+        )
+    made += _keys(folder, here)
+    connection = _connect(folder, invite)
+    known, launchers = _register(here, connection, invite)
+    enrolled = Connection(
+        connection.address, known["coordinator"], connection.ca, here.name, connection.enrolled or _now()
+    )
+    if enrolled != connection:
+        connections.save(folder, enrolled)
+        told = {"address": enrolled.address, "coordinator": enrolled.coordinator}
+        log.append(folder, "enrol", fingerprint=known["fingerprint"], **told)
+        budget.note_policy(here)
+    return Enrolled(here, enrolled, invite.ca_fingerprint, tuple(made), known, launchers)
+
+
+def _same_place(folder: Path, invite: Invite) -> None:
+    """A folder belongs to one coordinator: its budget was granted to that one's runs."""
+    if (folder / RETIRED).exists():
+        raise FolderError(f"{folder} was retired.", remedy="A new site gets a folder and a name of its own.")
+    if not (folder / connections.FILE).exists():
+        return
+    there = connections.load(folder)
+    if there.address != invite.address or there.site != invite.name:
+        raise FolderError(
+            f"{folder} is enrolled as '{there.site}' with {there.coordinator} ({there.address}).",
+            remedy="Another federation needs a folder of its own.",
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be made: {error.strerror}.", remedy="Give another folder.") from None
+    if folder.stat().st_uid == os.geteuid() and not any(folder.iterdir()):
+        folder.chmod(0o700)
+
+
+def _keys(folder: Path, here: Site) -> list[str]:
+    """Makes what is missing of the site's key and its network identity."""
+    made = []
+    if not (folder / keys.HANDED_OUT).exists() and not _has_key(folder, here):
+        keys.create(folder, here.key)
+        place = keys.where(folder, here.key)
+        if here.key.source == "environment":
+            made.append(f"the site's key, in {folder / keys.HANDED_OUT}: move it to where {place} is set from")
+        else:
+            made.append(f"the site's key, in {place}: back it up (fedscan agent key backup {folder} FILE)")
+    path = folder / connections.NODE_KEY
+    if not path.exists():
+        node_key.create(path)
+        made.append(f"{path}: the site's network identity; it needs no backup, a lost one is invited again")
+    return made
+
+
+def _has_key(folder: Path, here: Site) -> bool:
+    try:
+        keys.load(folder, here.key)
+    except SiteKeyError:  # missing, or one that cannot be used: `keys.create` makes the first and refuses the second
+        return False
+    return True
+
+
+def _connect(folder: Path, invite: Invite) -> Connection:
+    """Writes down where the coordinator is, before it is told anything."""
+    ca = folder / connections.CA_FILE if invite.ca else None
+    if ca is not None and (not ca.exists() or ca.read_text(encoding="ascii", errors="replace") != invite.ca):
+        write_atomic(ca, invite.ca.encode())
+    enrolled = connections.load(folder).enrolled if (folder / connections.FILE).exists() else ""
+    connection = Connection(invite.address, invite.coordinator, ca, invite.name, enrolled)
+    connections.save(folder, connection)
+    return connection
+
+
+def _register(here: Site, connection: Connection, invite: Invite) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """What the coordinator knows of this site; it redeems the invitation where it does not know the key yet."""
+    public = node_key.public_text(node_key.load(here.folder / connections.NODE_KEY))
+    theirs = door.hello(connection)["coordinator"]
+    try:
+        known = door.about(here.folder)
+    except door.DoorError as error:
+        if error.status not in (401, 403, 404) or error.kind != "refused":
+            raise
+        told = door.enrol(connection, invite.token, here.name, public, budget.public_policy(here))
+        launchers = {str(name): str(key) for name, key in told["launchers"].items()}
+        return {**door.about(here.folder), "coordinator": theirs}, launchers
+    if known["fingerprint"] != node_key.fingerprint(public):
+        raise ConfigError("The coordinator knows this site under another key.", remedy="Ask it for a new invitation.")
+    mine = budget.public_policy(here)
+    if known["policy"] != mine:  # site.toml was filled in since
+        door.publish_policy(here.folder, mine)
+    return {**known, "policy": mine, "coordinator": theirs}, {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

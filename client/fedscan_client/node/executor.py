@@ -1,0 +1,138 @@
+"""Takes tasks from the SuperNode on this machine, one at a time, and runs each in a process of its own.
+
+In place of `flower-superexec`, which starts whatever command a task's type names with the task's token on its command
+line. Here a task is forked from a process that has already imported torch and the ClientApp (multiprocessing's
+forkserver; it never touches CUDA), so it starts in milliseconds, and its token travels through a pipe.
+
+The next task is taken when the one before has ended: the ledger's lock is a task's, and this process never holds it.
+
+    python -P -s -m fedscan_client.node.executor SITE_DIR HOST:PORT SECRET_FILE
+"""
+
+import multiprocessing
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedscan_client.node import flower
+
+POLL_SECONDS = 0.25  # on this machine; the SuperNode asks the server every three seconds
+WAIT_SECONDS = 1.0  # while the SuperNode does not answer
+PRELOAD = ("fedscan_client.node.warm",)
+
+
+class Client(Protocol):
+    """What is used of Flower's RuntimeHttpClient."""
+
+    def AcquireTask(self, request: Any) -> Any:  # noqa: N802
+        """The next task that waits, with its token; empty where there is none."""
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    flower.quiet()
+    flower.check()
+    site, address, secret = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    serve(connect(address, secret.read_bytes()), site, address, stop)
+
+
+def connect(address: str, secret: bytes) -> Client:
+    """Flower's client of the SuperNode's API, which proves with `secret` that it may take tasks."""
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    proof = SuperExecAuthHttpInterceptor(
+        master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
+    )
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperExec"), proof]
+    client: Client = RuntimeHttpClient.from_server_address(address, True, None, interceptors)
+    return client
+
+
+def warm() -> ForkServerContext:
+    """Starts the process that tasks are forked from; it imports PRELOAD while the caller goes on."""
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    forkserver.ensure_running()
+    return context
+
+
+def serve(client: Client, site: Path, address: str, stop: threading.Event) -> None:
+    """Takes and runs tasks until `stop` is set, then ends the one in progress.
+
+    Every kind of task is taken: those that are no ClientApp's are refused by `task.py`, whereas a task that nobody
+    takes would keep the SuperNode waiting for ever (`start_client_internal._push_messages`).
+
+    Args:
+        client: of the SuperNode at `address`.
+        site: the site's folder.
+        address: HOST:PORT on this machine.
+        stop: set it to end.
+    """
+    import httpx
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+
+    from fedscan_client.node import task
+
+    context = warm()
+    request = AcquireTaskRequest(supported_task_types=[kind.value for kind in TaskType])
+    child: BaseProcess | None = None
+    back: Connection | None = None
+    plans = b""  # plans of earlier tasks, unread here: see `dp.plans.kept`
+    try:
+        while not stop.is_set():
+            if child is not None:
+                plans = _received(back) or plans
+                child.join(POLL_SECONDS)
+                if child.exitcode is None:
+                    continue
+                child.close()
+                child = None
+            try:
+                answer = client.AcquireTask(request)
+            except httpx.HTTPError as error:
+                print(f"executor: the SuperNode does not answer ({type(error).__name__})", file=sys.stderr)
+                stop.wait(WAIT_SECONDS)
+                continue
+            if not (answer.HasField("task") and answer.token):
+                stop.wait(POLL_SECONDS)
+                continue
+            back, there = context.Pipe(duplex=False)
+            what = (answer.token, answer.task.type, address, str(site), plans, there)
+            child = context.Process(target=task.main, args=what)
+            child.start()
+            there.close()
+    finally:
+        _end(child)
+
+
+def _received(back: Connection | None) -> bytes:
+    """What a task sent, or b""."""
+    try:
+        return back.recv_bytes() if back is not None and back.poll() else b""
+    except (EOFError, OSError):  # it has ended, or died while it wrote
+        return b""
+
+
+def _end(child: BaseProcess | None) -> None:
+    if child is None:
+        return
+    child.terminate()
+    child.join(5.0)
+    child.kill()
+    child.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Flower's SuperNode with two changes: it never opens a bundle, and never waits for a task that nobody runs.
+
+Stock, it unzips and parses whatever bundle the server sends to find its default configuration
+(`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
+memory. Ours compares the bytes. A foreign bundle gets an empty configuration, and its task is refused by `task.py`,
+which tells the server why.
+
+Stock, a task that ends before it has fetched its message is never answered for, and the SuperNode waits for ever for a
+reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours answers for it when
+the task's token expires, like for any other.
+
+    python -P -s -m fedscan_client.node.supernode ...      arguments as `flower-supernode`
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from fedscan_client.node import flower
+from fedscan_core import bundle
+
+
+def configuration(content: bytes, run: Any) -> dict[str, Any]:
+    """A run's configuration: the known bundle's single key and what the run says of it; {} for a foreign bundle."""
+    if content != bundle.CONTENT:
+        return {}
+    return {bundle.RUN_KEY: "", **run.override_config}
+
+
+def answer_for_all(state_class: Any) -> None:
+    """Makes a node state answer for every message of a run whose task is gone, also for those not yet retrieved."""
+    stock = state_class._store_error_replies
+
+    def store(self: Any, run_ids: set[int], error: Any) -> None:
+        with self.lock_msg_store:
+            for entry in self.msg_store.values():
+                if entry.message.metadata.run_id in run_ids:
+                    entry.is_retrieved = True
+        stock(self, run_ids, error)
+
+    state_class._store_error_replies = store
+
+
+def main() -> None:
+    """Runs the SuperNode until it is told to stop; see `flower-supernode --help` for its arguments.
+
+    Raises:
+        MissingExtra: see `flower.check`.
+    """
+    flower.quiet()
+    flower.check()
+    internal = importlib.import_module("flwr.supernode.start_client_internal")
+    internal.get_fused_config_from_fab = configuration  # type: ignore[attr-defined]
+    answer_for_all(importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState)
+    sys.argv[0] = "flower-supernode"
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    command.flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

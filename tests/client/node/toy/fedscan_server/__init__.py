@@ -1,0 +1,1 @@
+"""A stand-in for the server's package in the processes of a test's coordinator."""
