@@ -182,7 +182,8 @@ def _launch(arguments: argparse.Namespace) -> int:
             order = launch.make_order(sent, profile, key, now)
             found = launch.look(sent, order, people.sites(http), profile.role, now)
         told = launch.as_json(found, profile)
-        if not arguments.json or not (arguments.dry_run or arguments.yes):
+        shown = not arguments.json or not (arguments.dry_run or arguments.yes)
+        if shown:
             launch_page.show(found, profile, results)
         if arguments.dry_run:
             if arguments.json:
@@ -191,9 +192,8 @@ def _launch(arguments: argparse.Namespace) -> int:
                 results.print("Nothing was sent. Without --dry-run it asks, and then sends.", soft_wrap=True)
             return 2 if found.faults else 0
         if found.faults:
-            raise ConfigError(
-                f"Nothing was sent: {'; '.join(found.faults)}.", remedy=_reasons(found) or "Ask the coordinator."
-            )
+            why = "The page above says why." if shown else _reasons(found)
+            raise ConfigError(f"Nothing was sent: {'; '.join(found.faults)}.", remedy=why)
         if not arguments.yes and not _agreed(results):
             print("fedscan: nothing was sent.", file=sys.stderr)
             return 2
@@ -292,8 +292,12 @@ def _send(http: "httpx.Client", order: "Order", run: "RunConfig", init: bytes, p
     from fedscan import people
     from fedscan_core import config
 
-    with _busy(progress, "sending"):
-        people.submit(http, order, config.to_toml(run), init)
+    try:
+        with _busy(progress, "sending"):
+            people.submit(http, order, config.to_toml(run), init)
+    except KeyboardInterrupt:
+        print(f"\nfedscan: if {order.run_id} was sent already, `fedscan runs` lists it.", file=sys.stderr)
+        raise
 
 
 def _agreed(console: "Console") -> bool:

@@ -23,7 +23,8 @@ def show(found: Prospects, profile: Profile, console: Console) -> None:
     if console.is_terminal:
         console.print(Group(*parts), width=min(max(console.width, 40), 100))
         return
-    plain = Console(file=io.StringIO(), width=_WIDTH, highlight=False)
+    as_there = io.TextIOWrapper(io.BytesIO(), encoding=console.encoding)  # says which characters can be drawn
+    plain = Console(file=as_there, width=_WIDTH, highlight=False)
     with plain.capture() as page:
         plain.print(Group(*parts))
     for line in page.get().splitlines():  # a pipe or a file: no spaces at the ends of lines

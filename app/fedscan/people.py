@@ -24,6 +24,7 @@ from fedscan_core.order import Order
 
 PREFIX = "/fedscan/v1"
 FINAL = ("finished", "failed", "stopped")  # states of a run that nobody works on
+_SUBMIT = httpx.Timeout(600.0, connect=10.0)  # the coordinator prices the run for each site before it answers
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # progress is answered within 20 s
 _CLOCK = timedelta(minutes=5)  # sites bear 10
 _LARGEST = 64 * 2**20  # bytes of a JSON answer
@@ -173,7 +174,7 @@ def submit(http: httpx.Client, signed: Order, toml: str, init: bytes) -> str:
     """
     body = {"order": order.to_text(signed), "run": toml, "init": base64.b64encode(init).decode()}
     try:
-        answer = _ask(http, "POST", "/runs", body)
+        answer = _ask(http, "POST", "/runs", body, _SUBMIT)
     except Unreachable as error:
         try:
             taken = any(run.run_id == signed.run_id for run in runs(http))
@@ -183,7 +184,10 @@ def submit(http: httpx.Client, signed: Order, toml: str, init: bytes) -> str:
                 remedy=f"`fedscan runs` lists {signed.run_id} if it was.",
             ) from None
         if not taken:
-            raise Unreachable(f"The run was not taken: {error.message}", remedy=error.remedy) from None
+            raise Unreachable(
+                f"{error.message} The run is not on the coordinator's list.",
+                remedy=f"Launch it again, unless `fedscan runs` lists {signed.run_id} in a minute.",
+            ) from None
         return signed.run_id
     with _understood():
         if answer["run_id"] != signed.run_id:
@@ -249,14 +253,16 @@ def archive(http: httpx.Client, run_id: str, out: IO[bytes]) -> int:
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def _ask(http: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _ask(
+    http: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None, wait: httpx.Timeout = _TIMEOUT
+) -> dict[str, Any]:
     """The JSON object that the coordinator answers.
 
     Raises:
         Unreachable: no answer, or one that says "later".
         CoordinatorError: any other refusal, in the coordinator's words, or no JSON object.
     """
-    with _errors(http), http.stream(method, path, json=body) as answer:
+    with _errors(http), http.stream(method, path, json=body, timeout=wait) as answer:
         data = bytearray()
         for block in answer.iter_bytes():
             data += block

@@ -116,7 +116,20 @@ def load(name: str | None = None) -> Profile:
 
 
 def save(profile: Profile) -> bool:
-    """Adds a profile, or replaces the one of that name; the first one is the default. True if it is the default."""
+    """Adds a profile, or replaces the one of that name; the first one is the default. True if it is the default.
+
+    Raises:
+        ConfigError: the file is damaged; it was left alone.
+        FolderError: it cannot be written; the old one is whole.
+    """
+    try:
+        return _save(profile)
+    except OSError as error:
+        remedy = "Mend that, then log in with a new invitation: this one is used."
+        raise FolderError(f"{file()} cannot be written: {error.strerror}.", remedy=remedy) from None
+
+
+def _save(profile: Profile) -> bool:
     with exclusive(file()):
         found, default = every()
         default = default if default in found else profile.name

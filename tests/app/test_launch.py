@@ -46,7 +46,7 @@ def page(found, width=80):
 
 
 def test_everybody_willing_is_priced_by_their_own_size(run_for):
-    run = run_for(privacy={"noise_multiplier": 1.0}, train={"patients_per_step": 30})
+    run = run_for(privacy={"noise_multiplier": 1.0}, train={"patients_per_step": 30, "rounds": 2})
     found = prospects(run)
     assert not found.faults and len(found.willing) == 3
     assert [site.plan for site in found.sites] == [accounting.plan_for(run, n) for n in (500, 340, 90)]
@@ -180,6 +180,13 @@ def test_the_page_says_everything_and_fits(run_for, width):
         "3 of 4 sites would take part; 3 are needed",
     ):
         assert part in text, part
+
+
+def test_a_page_for_an_old_terminal_is_drawn_with_its_characters(run_for):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    launch_page.show(prospects(run_for()), ADA, Console(file=out))
+    out.flush()
+    assert b"by its policy\n---" in out.buffer.getvalue()
 
 
 def test_a_run_without_privacy_is_called_so(run_for):

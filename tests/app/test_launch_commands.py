@@ -124,7 +124,7 @@ def test_nothing_is_sent_without_a_yes(ada, edge, call, run_toml, monkeypatch):
 
 
 def test_a_run_that_would_not_start_is_not_sent(ada, edge, call, run_toml):
-    code, _, err = call("launch", run_toml, "--yes", "--set", "privacy.target_epsilon=30")
+    code, _, err = call("launch", run_toml, "--yes", "--json", "--set", "privacy.target_epsilon=30")
     assert code == 2 and "Nothing was sent: 0 of 3 sites" in err and "this site allows 20" in err
     assert "POST /runs" not in edge.seen
 
@@ -189,19 +189,22 @@ def test_fetch_brings_the_folder_and_shows_the_summary(ada, edge, call, fake_edg
 def test_leaving_a_watch_leaves_the_run(ada, edge, tmp_path):
     edge.add("cxr-1", state="running")
     edge.lines, edge.states = [STEP | {"round": 1}], ["running"]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command = [sys.executable, "-m", "fedscan.cli", "watch", "cxr-1"]
-        watching = subprocess.Popen(command, cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE, text=True)
-        try:
+    command = [sys.executable, "-m", "fedscan.cli", "watch", "cxr-1"]
+    how = {"cwd": tmp_path, "env": os.environ, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **how) for _ in range(2)]
+    try:
+        for watching, (number, code) in zip(both, ((signal.SIGINT, 130), (signal.SIGTERM, 143)), strict=True):
             assert "round 1/3" in watching.stderr.readline()
             time.sleep(0.1)
             watching.send_signal(number)
             _, err = watching.communicate(timeout=20)
-        finally:
+            assert watching.returncode == code, err
+            assert "Traceback" not in err
+            assert ("the run goes on" in err) == (number == signal.SIGINT)
+    finally:
+        for watching in both:
             watching.kill()
-        assert watching.returncode == code, err
-        assert "Traceback" not in err
-        assert ("the run goes on" in err) == (number == signal.SIGINT)
+            watching.wait()
     assert edge.runs["cxr-1"]["state"] == "running"
     assert not [asked for asked in edge.seen if asked.startswith("POST")]
 

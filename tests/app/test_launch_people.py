@@ -138,9 +138,9 @@ def test_a_run_whose_answer_was_lost_is_looked_up(http, edge, signed):
     assert edge.seen == ["POST /runs", "GET /runs"]
 
 
-def test_a_run_that_never_arrived_is_said_not_to_be_taken(http, edge, signed):
+def test_a_run_that_never_arrived_is_said_not_to_be_listed(http, edge, signed):
     edge.fail["/runs"] = (503, json.dumps({"error": "Starting.", "remedy": ""}).encode())
-    with pytest.raises(Unreachable, match="was not taken: Starting"):
+    with pytest.raises(Unreachable, match=r"Starting\. The run is not on the coordinator's list"):
         people.submit(http, signed, "", b"")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedscan import profiles
 from fedscan.profiles import Profile
 from fedscan_core.config import NAME_PATTERN
-from fedscan_core.errors import ConfigError
+from fedscan_core.errors import ConfigError, FolderError
 from fedscan_core.order import public_text
 
 TRIAL = Profile("trial", "https://trial.example:9443", "Trial", "PEM\nof it\n", "ada", "researcher", "secret-1")
@@ -119,3 +119,18 @@ def test_any_coordinator_has_a_name_for_a_file(text):
 def test_names_that_are_no_files_are_refused(name):
     with pytest.raises(ConfigError):
         profiles.check_name(name)
+
+
+def test_a_profile_that_cannot_be_written_says_that_the_invitation_is_used(home, monkeypatch):
+    profiles.save(TRIAL)
+    before = profiles.file().read_bytes()
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profiles, "write_atomic", full)
+    with pytest.raises(FolderError, match=r"No space left on device.*new invitation"):
+        profiles.save(TRIAL)
+    assert profiles.file().read_bytes() == before
+    with pytest.raises(FolderError, match="cannot be made"):
+        profiles.make_key("trial")
