@@ -19,7 +19,7 @@ from fedscan_client import connection as connections
 from fedscan_client import door, keys, secret_file, site
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger_lock
-from fedscan_client.enrol import RETIRED
+from fedscan_client.enrol import NEXT_KEY, RETIRED
 from fedscan_client.site import Site
 from fedscan_core.errors import FedscanError, FolderError
 from fedscan_core.files import sync_folder, write_atomic
@@ -43,7 +43,7 @@ KEPT = (
 _NOT_EXPORTED = (log.KEY, "log.lock")  # of SITE/audit: who has the key could forge a log
 
 # Destroyed: secrets first, then what they protect, then what may depend on patients.
-SECRETS = (connections.NODE_KEY, keys.HANDED_OUT, "key.before")
+SECRETS = (connections.NODE_KEY, NEXT_KEY, keys.HANDED_OUT, "key.before")
 FOLDERS = ("cache", "spool", "outbox")
 FILES = (
     "intake.sqlite",

@@ -1,4 +1,4 @@
-"""`fedscan agent check`: all ticks where all is well, one cross with a remedy for each thing that is not; only reads."""
+"""`fedscan agent check`: ticks where all is well, a cross with a remedy for each thing that is not; it only reads."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,6 @@ from fedscan_client import door, site, train
 from fedscan_client.audit import log
 from fedscan_client.check import checklist, machine, network
 from fedscan_client.dp import ledger
-from fedscan_core import accounting
 from fedscan_core.errors import ConfigError
 
 TOPICS = [
