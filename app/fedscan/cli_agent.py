@@ -14,6 +14,7 @@ from fedscan import (
     cli_pull,
     cli_quarantine,
     cli_runs,
+    cli_start,
 )
 
 _AGENT_LEDGER = """\
@@ -43,14 +44,15 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     ledger.set_defaults(command=_agent_ledger)
     for topic in (
         cli_enrol,
+        cli_start,
+        cli_runs,
         cli_audit_log,
         cli_budget,
-        cli_ingest,
-        cli_key,
-        cli_patient,
         cli_pull,
+        cli_ingest,
         cli_quarantine,
-        cli_runs,
+        cli_patient,
+        cli_key,
     ):
         topic.add(of_agent)
 

@@ -66,6 +66,7 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
 def _runs(arguments: argparse.Namespace) -> int:
     from fedscan_client import approvals
     from fedscan_client import site as sites
+    from fedscan_client.asked import purpose
 
     found = approvals.every(sites.load(arguments.site))
     if arguments.json:
@@ -77,13 +78,10 @@ def _runs(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from fedscan_core import config
-
     table = Table(Column("run", overflow="fold"), "state", "launcher", "purpose", "asked (UTC)", "decided")
     for asked in found:
         decided = f"{asked.by}, {asked.decided[:10]}" if asked.by else ""
-        purpose = config.from_server(asked.order.config).study.purpose
-        table.add_row(asked.run_id, asked.state, asked.order.launcher, purpose, asked.came[:16], decided)
+        table.add_row(asked.run_id, asked.state, asked.order.launcher, purpose(asked), asked.came[:16], decided)
     Console(highlight=False, markup=False).print(table)
     waiting = [asked.run_id for asked in found if asked.state == "pending"]
     if waiting:
@@ -129,9 +127,9 @@ def _decide(arguments: argparse.Namespace) -> int:
 
     here = sites.load(arguments.site)
     known, by = approvals.get(here, arguments.run), two_people.person(arguments.by)
-    told = asked.facts(here, known)
+    told = asked.facts(here, known) if arguments.decision == "approve" else None  # a "no" needs no description
     if not arguments.yes:
-        _ask(f"{arguments.decision} run {known.run_id}", _paragraphs(told))
+        _ask(f"{arguments.decision} run {known.run_id}", _paragraphs(told) if told else [])
     if arguments.decision == "approve":
         after = approvals.approve(here, known.run_id, by)
     elif arguments.decision == "refuse":
@@ -142,7 +140,7 @@ def _decide(arguments: argparse.Namespace) -> int:
         print(json.dumps(_told(after), indent=2))
         return 0
     print(f"Run {after.run_id} is {after.state}.")
-    if after.state == "approved" and told["refused"]:
+    if told and told["refused"]:
         print(f"It still cannot take part: {told['refused']}")
     elif after.state == "revoked":
         print("Nothing more of it leaves. What was charged stays charged.")

@@ -11,7 +11,7 @@ from fedscan_client.site import Site
 from fedscan_core import accounting, config, policy
 from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
-from fedscan_core.errors import FedscanError
+from fedscan_core.errors import ConfigError, FedscanError
 
 
 def facts(here: Site, asked: Asked) -> dict[str, Any]:
@@ -34,14 +34,16 @@ def facts(here: Site, asked: Asked) -> dict[str, Any]:
         "training": {"rounds": run.train.rounds, "steps": run.train.rounds * run.train.local_steps},
         "cohort": {"site": here.name, "patients_declared": here.patients_declared},
     }
+    told |= {"cost": None, "leaves": None}
     try:
         plan = accounting.plan_for(run, here.patients_declared)
-    except FedscanError as error:
-        return told | {"cost": None, "refused": str(error), "leaves": leaves(run)}
+        told["leaves"] = leaves(run)
+    except FedscanError as error:  # no plan, or no such network
+        return told | {"refused": str(error)}
     told["refused"] = policy.refusal(here.policy, run, plan, order)
     if told["refused"] is None and run.privacy.enabled:
         told["refused"] = budget.over(here, asked.run_id, plan)
-    return told | {"cost": _cost(here, asked, run, plan), "leaves": leaves(run)}
+    return told | {"cost": _cost(here, asked, run, plan)}
 
 
 def _signature(here: Site, asked: Asked) -> str:
@@ -68,6 +70,14 @@ def _cost(here: Site, asked: Asked, run: RunConfig, plan: SitePlan) -> dict[str,
     return cost
 
 
+def purpose(asked: Asked) -> str:
+    """What the run says it is for; "?" where its order is another version's."""
+    try:
+        return printable(config.from_server(asked.order.config).study.purpose)
+    except ConfigError:
+        return "?"
+
+
 def leaves(run: RunConfig) -> dict[str, Any]:
     """What goes out in all: numbers in one update, bytes of it, how many updates, and numbers in the histogram."""
     from fedscan_models import histograms, registry
@@ -84,7 +94,16 @@ def leaves(run: RunConfig) -> dict[str, Any]:
 
 
 def words(told: dict[str, Any]) -> Iterator[str]:
-    """`facts` in sentences, one paragraph each."""
+    """`facts` in sentences, one paragraph each; what strangers wrote cannot steer a terminal."""
+    return (printable(text) for text in _words(told))
+
+
+def printable(text: str) -> str:
+    """The text with a blank for everything that cannot be printed."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _words(told: dict[str, Any]) -> Iterator[str]:
     study, asked = told["study"], told["asked"]
     signed = {"yes": "signed with the key this site knows", "no": "NOT signed with a key this site knows"}
     who = signed.get(told["signature"], "vouched for by the coordinator only: site.toml names no launchers")
@@ -108,7 +127,8 @@ def words(told: dict[str, Any]) -> Iterator[str]:
         f"{cohort['patients_declared']}. Images never leave."
     )
     yield _cost_words(told["cost"])
-    yield _leaving_words(told["leaves"])
+    if told["leaves"]:
+        yield _leaving_words(told["leaves"])
     if told["refused"]:
         yield f"This site's own rules refuse it, whoever approves: {told['refused']}"
 

@@ -94,7 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FolderError: another one does.
     """
-    with (folder / ".lock").open("a") as lock:
+    with os.fdopen(os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -197,7 +197,7 @@ def test_the_strictest_wins(make_run, epsilon, delta, noise, rounds, year):
     """A policy with two limits refuses whatever either of them refuses."""
     run = make_run(train={"rounds": 5})
     whole = Policy(epsilon, delta, noise, max_rounds=rounds, epsilon_per_year=year)
-    allowed = (5.0 <= epsilon, 1e-5 <= delta, 0.5 >= noise, 5 <= rounds, 5.0 <= year)
+    allowed = (epsilon >= 5.0, delta >= 1e-5, noise <= 0.5, rounds >= 5, year >= 5.0)
     assert (refusal(whole, run, PLAN) is None) == all(allowed)
 
 

@@ -66,12 +66,13 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 @dataclass
 class Lab:
-    """One federation below `root`. `hosts` maps a role ("coordinator", a site) to the words that run a command there."""
+    """One federation below `root`. `hosts` maps a role (coordinator, a site) to the words that run a command at it."""
 
     root: Path
     address: str = "127.0.0.1"
     hosts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=free_port)  # in the address that sites are told
+    bind_port: int = 0  # what the edge listens on, where a tap stands before it
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -83,7 +84,7 @@ class Lab:
         """A site's folder."""
         return self.root / name
 
-    # ------------------------------------------------------------------------------------------------------ commands
+    # --------------------------------------------------------------------------------------------------------- commands
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """What every command runs in: the tests' Python path, no proxy, a researcher's settings of our own."""
@@ -166,30 +167,27 @@ class Lab:
             with contextlib.suppress(AssertionError):
                 self.end(name, seconds=30.0)
 
-    # ----------------------------------------------------------------------------------------------------- what people do
+    # --------------------------------------------------------------------------------------------------- what people do
 
     def coordinate(self, *more: str | Path) -> None:
-        """Makes and starts the coordinator, and a researcher who is logged in."""
+        """Makes and starts the coordinator."""
         self.root.mkdir(parents=True, exist_ok=True)
         where = f"{self.address}:{self.port}"
+        bind = f"{self.address}:{self.bind_port or self.port}"
         self.fedscan(
-            "server", "init", "--state", self.state, "--address", where, "--bind", where, *more, role="coordinator"
+            "server", "init", "--state", self.state, "--address", where, "--bind", bind, *more, role="coordinator"
         )
         self.start_coordinator()
+
+    def log_in(self) -> None:
+        """Makes a researcher, Ada, who logs in."""
         self.fedscan("server", "person", "add", "ada", "--state", self.state, "--out", self.root / "ada.toml")
         self.fedscan("login", self.root / "ada.toml", role="coordinator")
 
     def start_coordinator(self, env: Mapping[str, str] | None = None) -> None:
         """Starts the coordinator and waits until it answers."""
         self.start("coordinator", "server", "start", "--state", self.state, env=env)
-        wait_for(
-            lambda: (
-                '"' in self.fedscan("server", "status", "--state", self.state, "--json", code=None, role="coordinator")
-                and self._up()
-            ),
-            90,
-            "the coordinator answers",
-        )
+        wait_for(self._up, 90, "the coordinator answers")
 
     def _up(self) -> bool:
         done = subprocess.run(
@@ -237,7 +235,7 @@ class Lab:
 
         wait_for(online, seconds, f"{', '.join(names)} online")
 
-    # --------------------------------------------------------------------------------------------------------------- runs
+    # ------------------------------------------------------------------------------------------------------------- runs
 
     def write_run(
         self, name: str = "trial", rounds: int = 2, private: bool = True, round_minutes: float = 5.0, more: str = ""

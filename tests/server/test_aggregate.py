@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedscan_core.config import Aggregation
 from fedscan_core.errors import WireError
 from fedscan_core.wire import Arrays
+from fedscan_server import aggregate
 from fedscan_server.aggregate import LIMIT, STRATEGIES, RunningSum, apply_step, averaged, check_update
 
 SITES = st.lists(
@@ -194,3 +195,28 @@ def test_a_good_update_passes_as_it_is():
 def test_other_updates_are_refused(update, word):
     with pytest.raises(WireError, match=word):
         check_update(update, GLOBAL, TRAINABLE)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 10**15), min_size=1, max_size=9))
+def test_public_weights_add_up_to_one_and_a_claim_of_millions_is_clamped(declared):
+    uniform, shares = aggregate.weights(declared, "uniform"), aggregate.weights(declared, "declared")
+    for found in (uniform, shares):
+        assert found.keys() == declared.keys() and math.isclose(math.fsum(found.values()), 1.0, rel_tol=1e-12)
+    assert len(set(uniform.values())) == 1
+    low = sorted(declared.values())[(len(declared) - 1) // 2]
+    for name, size in declared.items():
+        expected = min(size, 10 * low) / sum(min(other, 10 * low) for other in declared.values())
+        assert math.isclose(shares[name], expected, rel_tol=1e-9)
+
+
+def test_weights_of_ordinary_sizes_are_the_shares():
+    assert aggregate.weights({"a": 120, "b": 60, "c": 30}, "declared") == {"a": 120 / 210, "b": 60 / 210, "c": 30 / 210}
+
+
+def test_an_update_may_be_as_long_as_its_bound_and_no_longer():
+    model = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32)}
+    update = {"a": np.array([3, 0, 0], np.float32), "b": np.array([[0, 4], [0, 0]], np.float32)}
+    assert aggregate.norm(update) == 5.0
+    assert aggregate.check_update(update, model, frozenset("ab"), 5.0) is update
+    with pytest.raises(WireError, match="longer than clip, steps, noise"):
+        aggregate.check_update(update, model, frozenset("ab"), 4.999)

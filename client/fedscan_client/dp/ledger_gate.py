@@ -49,10 +49,9 @@ def over_year(per_year: float | None, admitted: Sequence[Row], plan: SitePlan) -
     """Why the plan is too much for one year (None: no such limit), in public words, or None."""
     if per_year is None:
         return None
-    spent = _within_a_year(admitted)
-    if plan.epsilon < math.inf and 0 <= per_year < math.inf:  # not for a limit that is no number
-        if spent + Fraction(repr(float(plan.epsilon))) <= Fraction(repr(float(per_year))):
-            return None
+    spent, fits = _within_a_year(admitted), plan.epsilon < math.inf and 0 <= per_year < math.inf  # not for a NaN
+    if fits and spent + Fraction(repr(float(plan.epsilon))) <= Fraction(repr(float(per_year))):
+        return None
     return (
         f"The run asks for epsilon {plan.epsilon:.3g}; of the {per_year:g} that this site gives within {YEAR.days} "
         f"days, {max(0.0, per_year - float(spent)):.3g} is left."

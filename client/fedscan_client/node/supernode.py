@@ -2,8 +2,8 @@
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
-memory. Ours compares the bytes. A foreign bundle gets an empty configuration, and its task is refused by `task.py`,
-which tells the server why.
+memory. Ours compares the bytes. Of a foreign bundle only the digest is kept, and its task is refused by `task.py`, which
+tells the server why.
 
 Stock, a task that ends before it has fetched its message is never answered for, and the SuperNode waits for ever for a
 reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours answers for it when
@@ -12,6 +12,7 @@ the task's token expires, like for any other.
     python -P -s -m fedscan_client.node.supernode ...      arguments as `flower-supernode`
 """
 
+import hashlib
 import importlib
 import sys
 from typing import Any
@@ -21,10 +22,37 @@ from fedscan_core import bundle
 
 
 def configuration(content: bytes, run: Any) -> dict[str, Any]:
-    """A run's configuration: the known bundle's single key and what the run says of it; {} for a foreign bundle."""
-    if content != bundle.CONTENT:
+    """A run's configuration: the known bundle's single key and what the run says of it.
+
+    A run of a foreign bundle, or of the known one under a wrong hash, gets {}, and from now on goes by `foreign`.
+    """
+    if content != bundle.CONTENT or run.fab_hash != bundle.SHA256:
+        run.fab_hash = foreign(content)
         return {}
     return {bundle.RUN_KEY: "", **run.override_config}
+
+
+def foreign(content: bytes) -> str:
+    """The name by which a foreign bundle is known here. It is no bundle's hash."""
+    return f"foreign-{hashlib.sha256(content).hexdigest()}"
+
+
+def keep_no_bundle(state_class: Any) -> None:
+    """Makes a node state keep the known bundle only; of a foreign one it keeps the name.
+
+    Stock, a bundle under a wrong hash ends the SuperNode with a ValueError.
+    """
+    stock = state_class.store_fab
+
+    def store(self: Any, fab: Any) -> str:
+        name = foreign(fab.content)
+        with self.lock_fab_store:
+            self.fab_store[name] = type(fab)(name, b"", {})
+        if fab.content == bundle.CONTENT and fab.hash_str == bundle.SHA256:
+            return str(stock(self, fab))
+        return name
+
+    state_class.store_fab = store
 
 
 def answer_for_all(state_class: Any) -> None:
@@ -41,6 +69,16 @@ def answer_for_all(state_class: Any) -> None:
     state_class._store_error_replies = store
 
 
+def change() -> None:
+    """Makes the changes to Flower in this process."""
+    importlib.import_module("flwr.supernode.start_client_internal").__dict__.update(
+        get_fused_config_from_fab=configuration
+    )
+    state = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
+    keep_no_bundle(state)
+    answer_for_all(state)
+
+
 def main() -> None:
     """Runs the SuperNode until it is told to stop; see `flower-supernode --help` for its arguments.
 
@@ -49,9 +87,7 @@ def main() -> None:
     """
     flower.quiet()
     flower.check()
-    internal = importlib.import_module("flwr.supernode.start_client_internal")
-    internal.get_fused_config_from_fab = configuration  # type: ignore[attr-defined]
-    answer_for_all(importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState)
+    change()
     sys.argv[0] = "flower-supernode"
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     command.flower_supernode()

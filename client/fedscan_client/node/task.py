@@ -8,7 +8,6 @@ killed; whatever befalls it, the server is told `failed`, the same as for any ot
 """
 
 import ctypes
-import hashlib
 import os
 import pickle
 import signal
@@ -73,7 +72,7 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
         inspect.run_config(context.run_config)
         inspect.message(message.metadata.message_type)
     except Refused as refused:
-        note(folder, refused.reason, fab.content)
+        log.append(folder, "request", outcome=refused.reason, bundle=fab.hash_str[:80])
         reply = Message(Error(_REFUSED_CODE, refused.reason), reply_to=message)
     else:
         del fab
@@ -88,11 +87,6 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
     seconds = (pulled - began, worked - pulled, time.monotonic() - worked)  # to the site's own log
     told = "received in {:.1f} s, worked on for {:.1f} s, handed over in {:.1f} s".format(*seconds)
     print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S} task: {message.metadata.message_type} {told}", file=sys.stderr)
-
-
-def note(site: Path, reason: str, content: bytes) -> None:
-    """Writes a refused bundle to the site's audit log: its digest and length, and nothing else of it."""
-    log.append(site, "request", outcome=reason, bundle=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
 def answer(app: App, message: Message, context: Context, site: Path, known: bytes = b"") -> tuple[Message, bytes]:

@@ -3,6 +3,7 @@
 Nothing here computes or touches CUDA: what has started threads or a device cannot be forked.
 """
 
+import flwr.supernode.runtime.run_clientapp  # noqa: F401
 import torch._dynamo  # noqa: F401  what torch's autograd functions import at their first use
 from PIL import Image
 

@@ -95,9 +95,11 @@ def find(scope: Scope) -> tuple[Handler, str]:
     """The handler, and what the log calls it.
 
     Raises:
-        Refused: 404, or 405 for a path of ours with another method.
+        Refused: 404; 405 for a path of ours with another method; 400 for a query where none is taken.
     """
     path, method = scope["raw_path"].decode("ascii", "replace"), scope["method"]
+    if scope["query_string"] and not path.endswith("/progress"):  # no signature covers a query
+        raise Refused(400, "This takes no ?query.")
     if path in fleet.PATHS:
         return fleet.forward, "fleet " + path.removeprefix("/v1/fleet/")
     if not path.startswith(PREFIX + "/"):

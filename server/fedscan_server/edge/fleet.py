@@ -54,7 +54,7 @@ async def forward(edge: Edge, request: Request) -> Response:
             502 to 504 (the SuperLink is away or slow: Flower's SuperNode tries again).
     """
     path = request.scope["raw_path"].decode("ascii", "replace")
-    if request.method != "POST" or path not in PATHS or request.url.query:
+    if request.method != "POST" or path not in PATHS:
         raise not_found()
     site = await who.node(edge, request)
     request.state.who = site.name

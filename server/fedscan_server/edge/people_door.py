@@ -71,7 +71,7 @@ async def one(edge: Edge, request: Request) -> Response:
 
 async def progress(edge: Edge, request: Request) -> Response:
     """Lines of progress from ?after=N on; waits up to 20 s for one while the run goes on."""
-    person, path = await _run(edge, request, "viewer", query=True)
+    person, path = await _run(edge, request, "viewer")
     text = request.query_params.get("after", "0")
     if not text.isascii() or not text.isdigit() or len(text) > 9 or set(request.query_params) - {"after"}:
         raise Refused(400, "Only ?after=N can be asked, N a line's number from 0.")
@@ -115,19 +115,17 @@ async def tar(edge: Edge, request: Request) -> Response:
     return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
 
 
-async def _asks(edge: Edge, request: Request, role: Role, body: bool = True, query: bool = False) -> Person:
-    """Who asks; an empty body and query unless the caller reads them."""
+async def _asks(edge: Edge, request: Request, role: Role, body: bool = True) -> Person:
+    """Who asks; an empty body unless the caller reads them."""
     person = await who.person(edge, request, role)
     request.state.who = person.name
-    if request.url.query and not query:
-        raise Refused(400, "This takes no ?query.")
     if body and await limits.body(request, SMALL, seconds=15.0) not in (b"", b"{}"):
         raise Refused(400, "This takes no body.")
     return person
 
 
-async def _run(edge: Edge, request: Request, role: Role, query: bool = False) -> tuple[Person, Path]:
-    person = await _asks(edge, request, role, query=query)
+async def _run(edge: Edge, request: Request, role: Role) -> tuple[Person, Path]:
+    person = await _asks(edge, request, role)
     path = runs.folder(edge.coordinator, request.path_params["run_id"])
     request.state.run = path.name
     return person, path

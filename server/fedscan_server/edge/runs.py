@@ -33,6 +33,7 @@ from fedscan_server.coordinator.state import Coordinator
 from fedscan_server.edge.refused import Refused, not_found
 
 ORDER, INIT, LAUNCH = "order.json", "init.safetensors", "launch.json"
+_LONGEST = 256 * 1024  # characters of an order, or of a RUN.toml
 _RUN_ID = r"{name}-[0-9a-f]{{12}}"  # order.new_run_id
 
 
@@ -63,7 +64,7 @@ def take(c: Coordinator, person: Person, order_text: str, run_toml: str, init: b
         init: safetensors, or b"".
 
     Raises:
-        Refused: 400 (malformed), 403 (not this person's order), 409 (the id is taken, or sites would refuse).
+        Refused: 400 or 413 (malformed), 403 (not this person's order), 409 (the id is taken, or sites would refuse).
     """
     asked, run = _checked(person, order_text, run_toml, init)
     path = c.runs / asked.run_id
@@ -191,6 +192,8 @@ def read_order(path: Path) -> Order:
 
 
 def _checked(person: Person, order_text: str, run_toml: str, init: bytes) -> tuple[Order, RunConfig]:
+    if max(len(order_text), len(run_toml)) > _LONGEST:
+        raise Refused(413, f"The run is described in more than {_LONGEST} characters.")
     try:
         asked = order.from_text(order_text)
         run = config_file.parse(tomllib.loads(run_toml))
