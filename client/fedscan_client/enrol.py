@@ -157,7 +157,8 @@ def _register(here: Site, connection: Connection, invite: Invite) -> tuple[dict[
     except door.DoorError as error:
         if error.status not in (401, 403, 404) or error.kind != "refused":
             raise
-        launchers = _redeem(here, connection, invite, mine, revoked=error.status == 403)
+        revoked = error.status == 403 or (here.folder / NEXT_KEY).exists()  # the latter: stopped half way
+        launchers = _redeem(here, connection, invite, mine, revoked=revoked)
         known = door.about(here.folder)
     if known["policy"] != mine:  # site.toml was filled in since
         door.publish_policy(here.folder, mine)

@@ -152,6 +152,9 @@ def _export(here: Site, todo: Retired) -> str:
             for member in members:
                 if not (path.is_dir() and member.name in _NOT_EXPORTED):
                     archive.add(member, f"{here.name}/{member.relative_to(here.folder)}", recursive=False)
+        counter = here.book.counter
+        if here.folder not in counter.parents and counter.exists():  # on another disk
+            archive.add(counter, f"{here.name}/ledger.counter", recursive=False)
         told: object
         try:
             told = agent.report(here)
