@@ -19,10 +19,11 @@ from fedscan_client.site import Site
 from fedscan_core import invite as invites
 from fedscan_core import node_key
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
-from fedscan_core.files import write_atomic
+from fedscan_core.files import sync_folder, write_atomic
 from fedscan_core.invite import Invite
 
 RETIRED = "retired"  # file in the site's folder: the day on which it was retired
+NEXT_KEY = "node.key.next"  # takes a revoked key's place once the coordinator has its public half
 
 
 @dataclass(frozen=True)
@@ -148,22 +149,37 @@ def _connect(folder: Path, invite: Invite) -> Connection:
 
 def _register(here: Site, connection: Connection, invite: Invite) -> tuple[dict[str, Any], Mapping[str, str]]:
     """What the coordinator knows of this site; it redeems the invitation where it does not know the key yet."""
-    public = node_key.public_text(node_key.load(here.folder / connections.NODE_KEY))
+    launchers: Mapping[str, str] = {}
     theirs = door.hello(connection)["coordinator"]
+    mine = budget.public_policy(here)
     try:
         known = door.about(here.folder)
     except door.DoorError as error:
         if error.status not in (401, 403, 404) or error.kind != "refused":
             raise
-        told = door.enrol(connection, invite.token, here.name, public, budget.public_policy(here))
-        launchers = {str(name): str(key) for name, key in told["launchers"].items()}
-        return {**door.about(here.folder), "coordinator": theirs}, launchers
-    if known["fingerprint"] != node_key.fingerprint(public):
-        raise ConfigError("The coordinator knows this site under another key.", remedy="Ask it for a new invitation.")
-    mine = budget.public_policy(here)
+        revoked = error.status == 403 or (here.folder / NEXT_KEY).exists()  # the latter: stopped half way
+        launchers = _redeem(here, connection, invite, mine, revoked=revoked)
+        known = door.about(here.folder)
     if known["policy"] != mine:  # site.toml was filled in since
         door.publish_policy(here.folder, mine)
-    return {**known, "policy": mine, "coordinator": theirs}, {}
+    return {**known, "policy": mine, "coordinator": theirs}, launchers
+
+
+def _redeem(
+    here: Site, connection: Connection, invite: Invite, policy: Mapping[str, Any], *, revoked: bool
+) -> Mapping[str, str]:
+    """Registers the key; a revoked one is dead for ever, so another takes its place once the coordinator has it."""
+    path = here.folder / connections.NODE_KEY
+    if revoked:
+        path = here.folder / NEXT_KEY
+        if not path.exists():
+            node_key.create(path)
+    public = node_key.public_text(node_key.load(path))
+    told = door.enrol(connection, invite.token, here.name, public, policy)
+    if revoked:
+        os.replace(path, here.folder / connections.NODE_KEY)
+        sync_folder(here.folder)
+    return {str(name): str(key) for name, key in told["launchers"].items()}
 
 
 def _now() -> str:

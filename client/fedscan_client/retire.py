@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedscan_client import connection as connections
-from fedscan_client import door, keys, secret_file, site
+from fedscan_client import door, key_use, keys, secret_file, site
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger_lock
-from fedscan_client.enrol import RETIRED
+from fedscan_client.enrol import NEXT_KEY, RETIRED
+from fedscan_client.node import start
 from fedscan_client.site import Site
 from fedscan_core.errors import FedscanError, FolderError
 from fedscan_core.files import sync_folder, write_atomic
@@ -31,20 +32,22 @@ EXPORT = "retired.tar.gz"
 KEPT = (
     "site.toml",
     "ledger.sqlite",
+    "ledger.sqlite-wal",  # rows of a process that was killed
     "ledger.counter",
     "audit",
     "released.jsonl",
     "intake.jsonl",
     "withdrawals.jsonl",
     "runs.sqlite",
+    "runs.sqlite-wal",
     "policy.json",
     "two_people.json",
 )
 _NOT_EXPORTED = (log.KEY, "log.lock")  # of SITE/audit: who has the key could forge a log
 
 # Destroyed: secrets first, then what they protect, then what may depend on patients.
-SECRETS = (connections.NODE_KEY, keys.HANDED_OUT, "key.before")
-FOLDERS = ("cache", "spool", "outbox")
+SECRETS = (connections.NODE_KEY, NEXT_KEY, keys.HANDED_OUT, "key.before")
+FOLDERS = ("cache", "spool", "outbox", start.FOLDER)
 FILES = (
     "intake.sqlite",
     "quarantine.sqlite",
@@ -97,20 +100,23 @@ def retire(folder: Path, out: Path | None = None) -> Retired:
         out: where the export goes; default SITE/retired.tar.gz.
 
     Raises:
-        ConfigError, FolderError: see `plan`; or an agent is at work here, or the export cannot be written.
+        ConfigError, FolderError: see `plan`; or an agent serves the site, or the export cannot be written.
+        SiteKeyError: a listener, pull or ingest of this site is at work.
         RecordDamaged: the audit log was changed: it takes no record, and nothing was destroyed.
     """
-    todo = plan(folder, out)
     here = site.load(folder)
-    ledger_lock.hold(here.ledger)  # an agent at work has it; until this process ends none can start
-    if not (folder / RETIRED).exists():
-        log.append(folder, "retire", destroyed=[path.name for path in todo.destroyed])
-        write_atomic(folder / RETIRED, f"{datetime.now(UTC).date().isoformat()}\n".encode())
-    sha = _export(here, todo)
-    not_told = _tell(folder)
-    for path in todo.destroyed:
-        _destroy(path)
-    sync_folder(folder)
+    plan(folder, out)
+    with start.only_agent(folder), key_use.alone(folder):
+        ledger_lock.hold(here.ledger)  # until this process ends
+        todo = plan(folder, out)
+        if not (folder / RETIRED).exists():
+            log.append(folder, "retire", destroyed=[path.name for path in todo.destroyed])
+            write_atomic(folder / RETIRED, f"{datetime.now(UTC).date().isoformat()}\n".encode())
+        sha = _export(here, todo)
+        not_told = _tell(folder)
+        for path in todo.destroyed:
+            _destroy(path)
+        sync_folder(folder)
     return Retired(todo.destroyed, todo.kept, todo.by_hand, todo.export, sha, not_told)
 
 
@@ -119,6 +125,7 @@ def _doomed(here: Site) -> list[Path]:
     if here.key.source == "file":
         secrets.append(here.folder / here.key.path)
     secrets.append(keys.staged_path(here.folder, here.key))
+    secrets += here.folder.glob(".*.part")  # of writes that were killed: a key may be among them
     databases = [f"{name}{end}" for name in FILES for end in ("", "-wal", "-shm")]
     return [*secrets, *(here.folder / name for name in (*FOLDERS, *databases))]
 
@@ -145,6 +152,9 @@ def _export(here: Site, todo: Retired) -> str:
             for member in members:
                 if not (path.is_dir() and member.name in _NOT_EXPORTED):
                     archive.add(member, f"{here.name}/{member.relative_to(here.folder)}", recursive=False)
+        counter = here.book.counter
+        if here.folder not in counter.parents and counter.exists():  # on another disk
+            archive.add(counter, f"{here.name}/ledger.counter", recursive=False)
         told: object
         try:
             told = agent.report(here)

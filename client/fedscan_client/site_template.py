@@ -34,6 +34,10 @@ project = "fedscan"             # pseudonyms of two projects cannot be linked; i
 [quarantine]
 ocr = "off"                     # "sample" or "all": tesseract as a second alarm, never as proof
 
+# ---- the audit log, also to the hospital's own collector of logs (docs/audit.md)
+[audit]
+syslog = ""                     # "logs.hospital.example:6514": RFC 5424 over TLS; never holds up an answer
+
 # ---- where the site's key is (docs/keys.md)
 [key]
 source = "file"                 # or "environment", "keyring"

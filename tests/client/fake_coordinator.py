@@ -75,9 +75,11 @@ def answer(fake: Fake, method: str, path: str, headers: Any, body: bytes) -> tup
         return 200, {**told, "utc": utc, **fake.hello}
     tree = json.loads(body) if body else {}
     if (method, path) == ("POST", f"{PREFIX}/enrol"):
-        if fake.tokens.get(tree["token"]) != tree["site"]:
+        before = fake.sites.get(tree["site"], {}).get("key")
+        dead = tree["site"] in fake.revoked and before == tree["public_key"]
+        if fake.tokens.get(tree["token"]) not in (tree["site"], tree["public_key"]) or dead:
             return 403, {"error": "The invitation was used or is unknown.", "remedy": "Ask for a new one."}
-        del fake.tokens[tree["token"]]
+        fake.tokens[tree["token"]] = tree["public_key"]  # the same token and key again: the same answer
         fake.revoked.discard(tree["site"])
         fake.sites[tree["site"]] = {"key": tree["public_key"], "policy": tree["policy"]}
         launchers = {"anna": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGPKbNvLDFVPEjSD8MBgzAZNvxC9y8ZEwYOyUWF8g1qf"}
@@ -87,10 +89,12 @@ def answer(fake: Fake, method: str, path: str, headers: Any, body: bytes) -> tup
     signed = (headers.get(node_key.TIME) or "", headers.get(node_key.SIGNATURE) or "")
     if abs((datetime.fromisoformat(signed[0]) - fake.now()).total_seconds()) > node_key.WINDOW_SECONDS:
         return 401, {"error": "The request's time is off.", "utc": utc}
-    if known is None or name in fake.revoked:
+    if known is None:
         return 401, {"error": "This site is not enrolled.", "remedy": "Ask the coordinator."}
     if not node_key.verify_request(known["key"], name, *signed, method, path, body, fake.now()):
         return 401, {"error": "This site is not enrolled.", "remedy": "Ask the coordinator."}
+    if name in fake.revoked:
+        return 403, {"error": "This site was revoked.", "remedy": "Ask the coordinator."}
     if path == f"{PREFIX}/site":
         mark = node_key.fingerprint(known["key"])
         told = {"site": name, "enrolled": utc, "fingerprint": mark, "node_id": "7", "online": False, "last_seen": ""}

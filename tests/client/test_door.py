@@ -60,7 +60,7 @@ def test_a_life_at_the_door(fake, tmp_path):
         door.put_anchor(site, head)
     assert [one["anchor"] for one in door.anchors(site)] == ["a" * 64, "b" * 64]
     door.retire(site)
-    assert refused(lambda: door.about(site), "not enrolled").status == 401
+    assert refused(lambda: door.about(site), "revoked").status == 403
 
 
 def test_a_request_is_bound_to_its_key_and_name(fake, tmp_path):

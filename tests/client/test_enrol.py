@@ -31,7 +31,7 @@ def test_a_new_site(fake, invitation, tmp_path, monkeypatch):
     done = enrol.enrol(invitation)
     folder = Path("north")
     public = node_key.public_text(node_key.load(folder / connections.NODE_KEY))
-    assert done.site.folder == folder and fake.sites["north"]["key"] == public and not fake.tokens
+    assert done.site.folder == folder and fake.sites["north"]["key"] == public
     assert (
         done.known["fingerprint"] == node_key.fingerprint(public) and "anna" in done.launchers and len(done.made) == 3
     )
@@ -93,15 +93,30 @@ def test_a_site_that_is_there_is_enrolled_as_it_is(make_site, fake, invitation, 
     assert fake.sites["north"]["policy"]["research_cohort"] is True
 
 
-def test_a_revoked_site_comes_back_with_a_new_invitation_and_the_same_key(fake, invitation, tmp_path):
+def test_a_revoked_site_comes_back_with_a_new_invitation_and_a_new_key(fake, invitation, tmp_path, monkeypatch):
+    """A revoked key is dead for ever. The new one takes its place only once the coordinator has it."""
     folder = tmp_path / "north"
     first = enrol.enrol(invitation, folder)
     fake.revoked.add("north")
+    old = (folder / connections.NODE_KEY).read_bytes()
     with pytest.raises(door.DoorError, match="was used"):
         enrol.enrol(invitation, folder)
+    assert (folder / connections.NODE_KEY).read_bytes() == old
     fake.tokens["again"] = "north"
-    second = enrol.enrol(fake.invitation(tmp_path / "again.toml", token="again"), folder)
-    assert second.known["fingerprint"] == first.known["fingerprint"] and not second.made
+    again = fake.invitation(tmp_path / "again.toml", token="again")
+
+    def stopped(source, target):
+        if str(source).endswith(enrol.NEXT_KEY):
+            raise ZeroDivisionError
+        shutil.move(source, target)
+
+    with monkeypatch.context() as patch:  # killed after the coordinator took the key
+        patch.setattr("fedscan_client.enrol.os.replace", stopped)
+        with pytest.raises(ZeroDivisionError):
+            enrol.enrol(again, folder)
+    second = enrol.enrol(again, folder)
+    assert second.known["fingerprint"] != first.known["fingerprint"] and not second.made
+    assert not (folder / enrol.NEXT_KEY).exists() and door.about(folder)["site"] == "north"
 
 
 @pytest.mark.slow
@@ -130,7 +145,7 @@ def test_the_reply_was_lost(fake, invitation, tmp_path, monkeypatch):
     monkeypatch.setattr(door, "enrol", lost)
     with pytest.raises(door.DoorError):
         enrol.enrol(invitation, tmp_path / "north")
-    assert not fake.tokens and not connections.load(tmp_path / "north").enrolled
+    assert fake.sites and not connections.load(tmp_path / "north").enrolled
     fake.lose_reply = False
     monkeypatch.setattr(door, "enrol", real)
     assert enrol.enrol(invitation, tmp_path / "north").connection.enrolled

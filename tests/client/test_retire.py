@@ -1,29 +1,20 @@
 """Retiring: what protects patients is gone for ever, the ledger and the log are kept; stopped anywhere, it goes on."""
 
+import io
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
 
 from fedscan_client import connection as connections
-from fedscan_client import door, enrol, keys, retire, site
+from fedscan_client import door, enrol, key_use, keys, retire, site
 from fedscan_client.audit import log, verify
 from fedscan_client.dp import ledger
 from fedscan_client.intake import cache
-from fedscan_core.errors import FolderError, RecordDamaged
-
-HELD = """
-import sys
-from pathlib import Path
-from fedscan_client.dp import ledger_lock
-ledger_lock.hold(Path(sys.argv[1]))
-print("at work", flush=True)
-sys.stdin.read()
-"""
+from fedscan_client.node import start
+from fedscan_core.errors import FolderError, RecordDamaged, SiteKeyError
 
 
 @pytest.fixture
@@ -49,13 +40,31 @@ def north(fake, tmp_path):
     entry = cache.Entry("2.25.1", "", "ill", "", "", None, {}, "")
     cache.write_patient(here.cache, key, "a" * 32, [(entry, np.zeros(3))])
     (folder / "outbox/run").mkdir(parents=True)
-    for name in ("outbox/run/1-update.safetensors", "eligible.sqlite", "eligible.sqlite-wal", "site.log", "key.next"):
+    for name in (
+        "outbox/run/1-update.safetensors",
+        "eligible.sqlite",
+        "eligible.sqlite-wal",
+        "site.log",
+        ".key.next.x.part",
+    ):
         (folder / name).write_text("depends on patients")
+    (folder / "agent").mkdir()
+    (folder / "agent/executor.log").write_text("depends on patients")
     (folder / "withdrawals.jsonl").write_text("")
     return folder
 
 
-GONE = ("node.key", "key", "key.next", "cache", "outbox", "eligible.sqlite", "eligible.sqlite-wal", "site.log")
+GONE = (
+    "node.key",
+    "key",
+    ".key.next.x.part",
+    "cache",
+    "outbox",
+    "eligible.sqlite",
+    "eligible.sqlite-wal",
+    "site.log",
+    "agent",
+)
 
 
 def test_a_dry_run_changes_nothing(north):
@@ -79,7 +88,7 @@ def test_what_goes_and_what_stays(north, fake, tmp_path, leaks):
     assert not out.stat().st_mode & 0o077
     with tarfile.open(out) as archive:
         names = set(archive.getnames())
-        (report,) = [json.load(archive.extractfile("north/ledger.json") or sys.stdin)]
+        (report,) = [json.load(archive.extractfile("north/ledger.json") or io.BytesIO())]
         archive.extractall(tmp_path / "unpacked", filter="data")
     assert report["rows"] == 1
     assert {"north/ledger.sqlite", "north/ledger.counter", "north/site.toml", "north/withdrawals.jsonl"} < names
@@ -88,7 +97,8 @@ def test_what_goes_and_what_stays(north, fake, tmp_path, leaks):
     shutil.copy(north / "audit/key", unpacked / "audit/key")  # the hospital's own
     assert verify.verify(unpacked).whole and ledger.summary(site.load(unpacked).book)["rows"] == 1
     again = retire.retire(north, out)
-    assert not again.destroyed and [it["event"] for it in log.read(north)].count("retire") == 1
+    assert [path.name for path in again.destroyed] == [start.FOLDER]  # its lock
+    assert [it["event"] for it in log.read(north)].count("retire") == 1
 
 
 @pytest.mark.slow
@@ -139,14 +149,9 @@ def test_another_file_is_not_overwritten(north, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine" and (north / "key").exists()
 
 
-def test_not_while_an_agent_is_at_work(north):
-    command = [sys.executable, "-c", HELD, str(site.load(north).ledger)]
-    busy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert busy.stdout is not None and busy.stdout.readline() == "at work\n"
-        with pytest.raises(FolderError):
-            retire.retire(north)
-        assert (north / "key").exists() and not (north / "retired").exists()
-    finally:
-        busy.kill()
-        busy.wait()
+def test_not_while_an_agent_or_a_listener_is_at_work(north):
+    with start.only_agent(north), pytest.raises(FolderError, match="fedscan agent stop"):
+        retire.retire(north)
+    with key_use.held(north), pytest.raises(SiteKeyError, match="in use"):
+        retire.retire(north)
+    assert (north / "key").exists() and not (north / "retired").exists()

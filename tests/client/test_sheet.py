@@ -68,7 +68,11 @@ def test_everything_a_ticket_needs(folder, monkeypatch):
 
 
 def test_a_folder_needs_no_node(folder):
-    text = TOML[: TOML.index("[source.archive]")] + '[source]\nkind = "folder"\nfolder = "x"\n' + TOML[TOML.index("[policy]") :]
+    text = (
+        TOML[: TOML.index("[source.archive]")]
+        + '[source]\nkind = "folder"\nfolder = "x"\n'
+        + TOML[TOML.index("[policy]") :]
+    )
     (folder / site.FILE).write_text(text)
     assert "no DICOM node is needed" in sheet.page(folder)
 

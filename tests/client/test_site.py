@@ -128,7 +128,7 @@ def test_the_file_that_is_deployed_has_every_section(tmp_path):
     text = (Path(__file__).parents[2] / "client/deploy/site.toml").read_text()
     (tmp_path / site.FILE).write_text(text)
     here = site.load(tmp_path)
-    assert here.consent and here.intake and here.intake.project == "chest-2026" and here.table is None
+    assert here.consent and here.intake and here.intake.project == "fedscan" and here.table is None
     said = tomllib.loads(text)
     assert set(said) == set(Site.model_fields) - {"folder", "counter"}
     commented = re.sub(r"(?m)^# (issuer = )", r"\1", text)

@@ -10,7 +10,7 @@ from fedscan_client import door, keys
 from fedscan_client.audit import log, verify
 from fedscan_client.check.finding import Finding, fail, ok, skip, warn
 from fedscan_client.dp import ledger
-from fedscan_client.intake import cache, cache_keys, seal
+from fedscan_client.intake import cache_keys, seal
 from fedscan_client.site import Site
 from fedscan_core.errors import FedscanError
 
@@ -102,8 +102,8 @@ def audit_log(here: Site) -> Iterator[Finding]:
     elif report.unknown:
         yield fail(
             topic,
-            f"{len(report.unknown)} of {report.anchors} anchors of the coordinator are not in it: it was cut, begun anew, "
-            "or is an older copy.",
+            f"{len(report.unknown)} of {report.anchors} anchors of the coordinator are not in it: it was cut, begun "
+            "anew, or is an older copy.",
             f"Restore {here.folder / log.FOLDER} from the latest backup: fedscan agent audit verify {here.folder}",
         )
     elif not report.records:

@@ -152,7 +152,9 @@ def only_agent(site: Path) -> Iterator[Path]:
         folder.chmod(0o700)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written: {error.strerror}.", remedy="Start as the folder's owner.") from None
+        raise FolderError(
+            f"{folder} cannot be written: {error.strerror}.", remedy="Start as the folder's owner."
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,11 @@
-"""`fedscan agent check`: all ticks where all is well, one cross with a remedy for each thing that is not; only reads."""
+"""`fedscan agent check`: ticks where all is well, a cross with a remedy for each thing that is not; it only reads."""
 
 import dataclasses
 import hashlib
 import os
 import shutil
 from datetime import date, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from fedscan_client import connection as connections
 from fedscan_client import door, site, train
 from fedscan_client.audit import log
 from fedscan_client.check import checklist, machine, network
+from fedscan_client.check.finding import skip
 from fedscan_client.dp import ledger
-from fedscan_core import accounting
 from fedscan_core.errors import ConfigError
 
 TOPICS = [
@@ -53,7 +54,7 @@ def quick(monkeypatch):
     from fedscan_client.check import rehearsal
 
     monkeypatch.setattr(rehearsal, "step", lambda *a: [])
-    monkeypatch.setattr(machine, "gpu", lambda: checklist.skip("gpu", "not looked at"))
+    monkeypatch.setattr(machine, "gpu", lambda: skip("gpu", "not looked at"))
 
 
 def test_all_is_well_and_nothing_is_written_sent_or_charged(north, fake, monkeypatch):
@@ -180,12 +181,12 @@ def test_a_proxy_of_the_shell_is_not_the_services(north, fake_coordinator, quick
 
 
 def test_machine(north, quick, monkeypatch):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, machine.GIB // 2))
-    monkeypatch.setattr(machine.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=machine.GIB // 2))
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
     north.chmod(0o755)
     found = look(north)
     assert (found["disk"].state, found["memory"].state, found["folder"].state) == ("fail", "fail", "warn")
-    monkeypatch.setattr(machine.os, "geteuid", lambda: os.stat(north).st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: north.stat().st_uid + 1)
     assert look(north)["folder"].state == "fail"
 
 
@@ -246,7 +247,12 @@ def test_consent_and_cohort(north, quick, write_register, tmp_path):
 
 def test_the_rehearsal_leaves_out_who_may_not_train(north, write_register, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "train_round", lambda module, patients, *a, **k: seen.append(patients.ids) or 1 / 0)
+
+    def broken(module, patients, *args, **words):
+        seen.append(patients.ids)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "train_round", broken)
     write_register(north, denied=tuple(f"MRN{n}" for n in range(6, 20)))
     found = look(north)
     assert len(seen[0]) == 6
