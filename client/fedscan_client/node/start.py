@@ -111,7 +111,8 @@ def children(
         here: the site.
         connection: where its coordinator is.
         agent: the agent's own folder.
-        given, keep: as for `start`.
+        given: as for `start`.
+        keep: as for `start`.
     """
     secret = agent / "secret"
     write_atomic(secret, secrets.token_bytes(32))
@@ -152,7 +153,9 @@ def only_agent(site: Path) -> Iterator[Path]:
         folder.chmod(0o700)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written: {error.strerror}.", remedy="Start as the folder's owner.") from None
+        raise FolderError(
+            f"{folder} cannot be written: {error.strerror}.", remedy="Start as the folder's owner."
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

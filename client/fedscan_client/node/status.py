@@ -81,7 +81,9 @@ def pause(folder: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise FolderError(f"{here.folder} cannot be written: {error.strerror}.", remedy="Use its owner's account.") from None
+        raise FolderError(
+            f"{here.folder} cannot be written: {error.strerror}.", remedy="Use its owner's account."
+        ) from None
     sync_folder(here.folder)
     log.append(here.folder, "pause")
     return True
@@ -98,7 +100,9 @@ def resume(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise FolderError(f"{here.folder} cannot be written: {error.strerror}.", remedy="Use its owner's account.") from None
+        raise FolderError(
+            f"{here.folder} cannot be written: {error.strerror}.", remedy="Use its owner's account."
+        ) from None
     sync_folder(here.folder)
     return True
 

@@ -114,7 +114,9 @@ class Link:
         """Ids of the nodes that are there."""
         from flwr.proto.control_pb2 import ListNodesRequest
 
-        return {node.node_id for node in self.control().ListNodes(ListNodesRequest()).nodes_info if node.status == "online"}
+        return {
+            node.node_id for node in self.control().ListNodes(ListNodesRequest()).nodes_info if node.status == "online"
+        }
 
     def run(self, content: bytes, config: dict[str, Any]) -> int:
         """Starts a run of a bundle: Flower's run id."""
@@ -123,7 +125,9 @@ class Link:
         from flwr.supercore.fab import Fab
 
         fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-        return int(self.control().StartRun(StartRunRequest(fab=fab, override_config=user_config_to_proto(config))).run_id)
+        return int(
+            self.control().StartRun(StartRunRequest(fab=fab, override_config=user_config_to_proto(config))).run_id
+        )
 
     def status(self, run_id: int) -> str:
         """A run's status: "running", "finished:completed", ..."""

@@ -17,7 +17,9 @@ def test_another_version_is_refused(monkeypatch, version):
         flower.check()
 
 
-@pytest.mark.parametrize("name", ["flwr.supercore.runtime:Gone", "flwr.gone:x", "flwr.supercore.constant:TaskType.GONE"])
+@pytest.mark.parametrize(
+    "name", ["flwr.supercore.runtime:Gone", "flwr.gone:x", "flwr.supercore.constant:TaskType.GONE"]
+)
 def test_a_name_that_is_gone_is_refused(monkeypatch, name):
     monkeypatch.setattr(flower, "NAMES", (*flower.NAMES, name))
     with pytest.raises(MissingExtra, match=name):

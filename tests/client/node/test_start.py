@@ -44,8 +44,7 @@ def fake_children(monkeypatch):
     """Two processes that do nothing, in place of SuperNode and executor."""
 
     def children(here, connection, agent, given, keep=()):
-        argv = ["/bin/sh", "-c", "echo $$ >> pids; exec sleep 60"]
-        argv[2] = f"echo $$ >> {agent}/pids; exec sleep 60"
+        argv = ["/bin/sh", "-c", f"echo $$ >> {agent}/pids; exec sleep 60"]
         return tuple(Child(name, argv, {"PATH": os.environ["PATH"]}, agent / f"{name}.log") for name in ("a", "b"))
 
     monkeypatch.setattr(start, "children", children)
@@ -171,7 +170,7 @@ def test_the_children(site):
     assert words[words.index("--auth-supernode-private-key") + 1] == str(site / "node.key")
     assert work.argv[-2] == f"127.0.0.1:{words[words.index('--port') + 1]}"
     for child in (network, work):
-        assert "PYTHONPATH" not in child.env and child.argv[1:3] == ("-P", "-s") or child.argv[1] == "-P"
+        assert "PYTHONPATH" not in child.env and list(child.argv[1:4]) == ["-P", "-s", "-m"]
         assert not any(first.hex() in word for word in child.argv)
     assert "HTTPS_PROXY" in network.env and "HTTPS_PROXY" not in work.env
 
@@ -189,7 +188,11 @@ def test_the_policy_is_published_again_until_it_is_heard(site, monkeypatch):
     monkeypatch.setattr(publish, "FIRST_RETRY", 0.01)
     publish.keep_published(site, stop, lambda part, what: said.append((part, what)))
     assert len(tries) == 3
-    assert [what.partition(":")[0].partition(",")[0] for _, what in said] == ["not published", "not published", "published"]
+    assert [what.partition(":")[0].partition(",")[0] for _, what in said] == [
+        "not published",
+        "not published",
+        "published",
+    ]
 
 
 def test_status_asks_the_coordinator_and_survives_its_absence(site, monkeypatch):
