@@ -29,7 +29,7 @@ PRELOAD = ("fedscan_client.node.warm",)
 class Client(Protocol):
     """What is used of Flower's RuntimeHttpClient."""
 
-    def AcquireTask(self, request: Any) -> Any:  # noqa: N802
+    def AcquireTask(self, request: Any) -> Any:
         """The next task that waits, with its token; empty where there is none."""
 
 

@@ -83,8 +83,8 @@ def environment(given: Mapping[str, str], *, home: str, keep: tuple[str, ...] = 
     proxy = given.get("HTTPS_PROXY") or given.get("https_proxy")
     if proxy:
         kept["HTTPS_PROXY"] = proxy
-    around = [name for name in (given.get("NO_PROXY") or given.get("no_proxy") or "").split(",") if name.strip()]
-    kept["NO_PROXY"] = ",".join(dict.fromkeys([*around, "127.0.0.1", "localhost"]))
+    around = (name.strip() for name in (given.get("NO_PROXY") or given.get("no_proxy") or "").split(","))
+    kept["NO_PROXY"] = ",".join(dict.fromkeys([*filter(None, around), "127.0.0.1", "localhost"]))
     return kept | QUIET | {"FLWR_HOME": home, "PYTHONUNBUFFERED": "1"}
 
 

@@ -111,7 +111,8 @@ def children(
         here: the site.
         connection: where its coordinator is.
         agent: the agent's own folder.
-        given, keep: as for `start`.
+        given: as for `start`.
+        keep: as for `start`.
     """
     secret = agent / "secret"
     write_atomic(secret, secrets.token_bytes(32))

@@ -2,8 +2,8 @@
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
-memory. Ours compares the bytes. Of a foreign bundle only the digest is kept, and its task is refused by `task.py`, which
-tells the server why.
+memory. Ours compares the bytes. Of a foreign bundle only the digest is kept, and its task is refused by `task.py`,
+which tells the server why.
 
 Stock, a task that ends before it has fetched its message is never answered for, and the SuperNode waits for ever for a
 reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours answers for it when

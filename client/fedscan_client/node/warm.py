@@ -8,7 +8,7 @@ import torch._dynamo  # noqa: F401  what torch's autograd functions import at th
 from PIL import Image
 
 import fedscan_client.app
-import fedscan_client.node.task
+import fedscan_client.node.task  # noqa: F401
 import fedscan_models.registry  # noqa: F401
 
 Image.preinit()

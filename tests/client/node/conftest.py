@@ -54,7 +54,11 @@ class Node:
         self._runs = 0
 
     def ask(self, server: FakeServer, seconds: float = 60.0) -> Any:
-        """The reply to the server: a Message, with content inflated."""
+        """The reply to the server: a Message, and its content inflated or its error's reason."""
+        return self.reply(self.pull(server), seconds)
+
+    def pull(self, server: FakeServer) -> int:
+        """One message from the server, as the SuperNode pulls it: the run's id."""
         from flwr.app import Message, RecordDict
         from flwr.supercore.fab import Fab
         from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -90,6 +94,10 @@ class Node:
             trusted_entities=None,
         )
         assert pulled == run_id
+        return run_id
+
+    def reply(self, run_id: int, seconds: float) -> Any:
+        """Waits for what the SuperNode would send."""
         end = time.monotonic() + seconds
         while not (replies := self.state.get_messages_legacy(run_ids=[run_id], is_reply=True)):
             assert time.monotonic() < end, "no reply"
