@@ -65,7 +65,7 @@ class Request:
 class Reply:
     """What a site answers. After a reservation `failed` carries no reason: the reason could depend on patients.
 
-    `anchor`: keyed digest of the site's audit log up to and with this answer, 64 hex digits; "" in simulation.
+    `anchor`: keyed digest of the site's audit log up to and with this answer, 64 hex digits; "" where there is none.
     """
 
     site: str
