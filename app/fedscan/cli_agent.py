@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedscan import cli_budget, cli_ingest, cli_key, cli_patient, cli_pull, cli_quarantine, cli_runs
+from fedscan import (
+    cli_audit_log,
+    cli_budget,
+    cli_ingest,
+    cli_key,
+    cli_patient,
+    cli_pull,
+    cli_quarantine,
+    cli_runs,
+)
 
 _AGENT_LEDGER = """\
 Shows what a site's runs have cost its patients in privacy: the lifetime budget, what is reserved of it and spent, by
@@ -31,7 +40,8 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     ledger.add_argument("--run", metavar="RUN.toml", type=Path, help="price this run instead of the last one again")
     ledger.add_argument("--json", action="store_true", help="print JSON on standard output")
     ledger.set_defaults(command=_agent_ledger)
-    for topic in (cli_key, cli_pull, cli_ingest, cli_quarantine, cli_patient, cli_runs, cli_budget):
+    topics = (cli_key, cli_pull, cli_ingest, cli_quarantine, cli_patient, cli_runs, cli_budget, cli_audit_log)
+    for topic in topics:
         topic.add(of_agent)
 
 

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedscan_client import consent as consents
 from fedscan_client import keys
+from fedscan_client.audit import settings as audits
 from fedscan_client.dp.ledger_file import Book
 from fedscan_client.intake.rules import QuarantineSettings
 from fedscan_client.intake.sources import settings as sources
@@ -75,6 +76,7 @@ class Site(BaseModel):
     consent: consents.Settings | None = None
     intake: Intake | None = None
     quarantine: QuarantineSettings = QuarantineSettings()
+    audit: audits.Settings = audits.Settings()
     key: keys.Settings = keys.Settings()
     counter: Path | None = None
     folder: Path = Field(exclude=True)
