@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _WHAT = """\
 The site's audit log says what left this building, who decided, looked at or changed what, and when; it names no
-patient. Each line is bound to the one before under a key of this site. After every answer the coordinator keeps a digest of the
-whole, which tells it nothing, but lets this site find out later whether its own log lost anything.
+patient. Each line is bound to the one before under a key of this site. After every answer the coordinator keeps a
+digest of the whole, which tells it nothing, but lets this site find out later whether its own log lost anything.
 
   fedscan agent audit show SITE_DIR --released      what left my site?
   fedscan agent audit verify SITE_DIR               is the log what was written?

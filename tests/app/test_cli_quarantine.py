@@ -210,12 +210,12 @@ def test_show_in_a_browser(site, run, monkeypatch):
     assert "Canary" not in shown.title and "2 instances" in shown.title
 
 
-def test_looking_writes_nothing(site, run, monkeypatch):
+def test_looking_writes_nothing_but_that_somebody_looked(site, run, monkeypatch):
     def state():
         return {
             path: (path.read_bytes(), path.stat().st_mtime_ns)
             for path in site.rglob("*")
-            if path.suffix != ".sqlite-shm"
+            if path.is_file() and path.suffix != ".sqlite-shm" and path.parent.name != "audit"
         }
 
     id, _ = ids(site)
@@ -223,6 +223,8 @@ def test_looking_writes_nothing(site, run, monkeypatch):
     look(site, run, monkeypatch, "show", id)
     look(site, run, monkeypatch, "blackout", id, "--rect", "0,0,2,6", "--preview")
     look(site, run, monkeypatch, "list")
+    looks = [record for record in log.read(site) if record["event"] == "access"]
+    assert [record["item"] for record in looks] == [id, id] and all(record["user"] for record in looks)
     # SQLite's own two files may come and go; nothing else, and nothing in it changed.
     assert {path: it for path, it in state().items() if path.stat().st_size} == {
         path: it for path, it in before.items() if it[0]

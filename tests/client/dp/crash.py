@@ -44,6 +44,7 @@ def main() -> None:
     splits = {split: cohort.load_patients(site.load(folder), run, split) for split in ("train", run.evaluation.split)}
     cohort.load_patients = lambda site, run, split: splits[split]  # the children need not decode again
     asker = Asker(run, model)
+    log.append(folder, "start")  # a site that has its log already, as a deployed one has
     boundaries = list[str]()
     for name in ("warm", "dry"):  # what happens once in a process only is no boundary of the children
         boundaries.clear()
@@ -61,10 +62,10 @@ def main() -> None:
         told.append(look(fresh, seen, "again", name, None))
         shutil.rmtree(fresh)
     long, rng = copy(folder, "long"), random.Random(0)
-    log = long / "seen"
+    life = long / "seen"
     for number in range(kills):
-        wait = functools.partial(some_lines_and_a_while, log, rng.randrange(1, 9), rng.uniform(0.0, 0.03))
-        told.append(look(long, log, "random", str(number), in_child(lambda: asker.on_and_on(long, log), wait=wait)))
+        wait = functools.partial(some_lines_and_a_while, life, rng.randrange(1, 9), rng.uniform(0.0, 0.03))
+        told.append(look(long, life, "random", str(number), in_child(lambda: asker.on_and_on(long, life), wait=wait)))
     print(json.dumps({"boundaries": boundaries, "told": told}))
 
 
