@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tomllib
 
 import pytest
@@ -23,7 +24,7 @@ def write(here, text):
 @pytest.fixture
 def here(make_site, make_run, tmp_path):
     """A site of (8, 1e-4) that has admitted a run of epsilon 3, with comments in its site.toml."""
-    here = make_site(tmp_path / "north", max_epsilon=8.0, max_delta=1e-4)
+    here = make_site(tmp_path / "north", rows=[], max_epsilon=8.0, max_delta=1e-4)
     ledger.open_ledger(here.book, budget.lifetime(here), 20)
     plan = dataclasses.replace(accounting.plan_for(make_run(), 20), epsilon=3.0, delta=1e-5)
     ledger.admit(here.book, "demo", plan, "c")
@@ -157,3 +158,25 @@ def test_the_policy_is_logged_once_for_each_change(here, monkeypatch):
     budget.note_policy(other)  # rather twice than never
     logged = [record["policy"]["max_rounds"] for record in log.read(here.folder) if record["event"] == "policy"]
     assert logged == [None, 5, 5]
+
+
+@pytest.mark.slow
+def test_a_raise_killed_at_any_write_is_ended_by_the_same_command(here, at_every_write, tmp_path):
+    """And at no moment does site.toml allow what the ledger does not hold, or the ledger what the log does not."""
+    kept = tmp_path / "kept"
+    shutil.copytree(here.folder, kept)
+    moments = 0
+    for _ in at_every_write(lambda: raised(here)):
+        moments += 1
+        held = ledger.summary(here.book)["budget"]["epsilon"]
+        logged = [record for record in log.read(here.folder) if record["event"] == "budget"]
+        assert site.load(here.folder).policy.max_epsilon <= held and (held == 8.0 or logged)
+        now = site.load(here.folder)
+        if now.policy.max_epsilon < 12.0:
+            assert raised(now).after.epsilon == 12.0
+        now = site.load(here.folder)
+        ledger.open_ledger(now.book, budget.lifetime(now), 20)
+        assert len(ledger.summary(now.book)["raised"]) == 1 and budget.remaining(now)[0] == 9.0
+        shutil.rmtree(here.folder)
+        shutil.copytree(kept, here.folder)
+    assert moments > 8

@@ -1,5 +1,6 @@
 """site.toml: read back as written, and refused with the key that is wrong."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -130,7 +131,45 @@ def test_the_file_that_is_deployed_has_every_section(tmp_path):
     here = site.load(tmp_path)
     assert here.consent and here.intake and here.intake.project == "fedscan" and here.table is None
     said = tomllib.loads(text)
-    assert set(said) == set(Site.model_fields) - {"folder", "counter"}
+    every = set(Site.model_fields)
+    assert every - {"folder", "counter", "audit"} <= set(said) <= every
     commented = re.sub(r"(?m)^# (issuer = )", r"\1", text)
     (tmp_path / site.FILE).write_text(commented)
     assert site.load(tmp_path).issuer == "HOSPITAL-A"
+
+
+def test_the_policy_as_a_person_writes_it(tmp_path):
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from fedscan_core import order
+
+    text = (Path(__file__).parents[2] / "client/docs/policy.md").read_text()
+    example = "\n".join(re.findall(r"(?ms)^```toml\n(.*?)^```", text))
+    key = order.public_text(Ed25519PrivateKey.generate())
+    (tmp_path / site.FILE).write_text(GOOD.partition("[policy]")[0] + example.replace("ssh-ed25519 AAAA...", key))
+    policy = site.load(tmp_path).policy
+    written = {it.name for it in dataclasses.fields(Policy) if getattr(policy, it.name) != it.default}
+    # Every key is shown with a value of its own, but for those whose default is what a hospital wants.
+    assert {it.name for it in dataclasses.fields(Policy)} - written == {"research_cohort", "gate", "approval"}
+    assert all(f"`{it.name}`" in text or it.name in example for it in dataclasses.fields(Policy))
+    site.save(site.load(tmp_path))
+    assert site.load(tmp_path).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('launchers = { ana = "ssh-rsa AAAA" }', "launchers.ana is no Ed25519 public key"),
+        ("max_rounds = 0", "max_rounds must be at least 1"),
+        ('approval = "automatic"', "approval"),
+        ('two_people = ["everything"]', "two_people"),
+        ("valid_until = 2027-13-01", "cannot be read"),
+        ("epsilon_per_year = -1.0", "epsilon_per_year"),
+        ("agreement_until = 2027-01-01", "name ethics_approval or data_use_agreement"),
+        ('groups = ["postcode"]', "groups"),
+    ],
+)
+def test_a_policy_that_cannot_mean_what_a_person_meant(tmp_path, line, words):
+    (tmp_path / site.FILE).write_text(GOOD + line + "\n")
+    with pytest.raises(ConfigError, match=words):
+        site.load(tmp_path)
