@@ -4,6 +4,7 @@ import itertools
 import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ class Network(InlineGrid):
         folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         order = Order("demo-1", config.for_sites(run), issued=now)
-        fast = {"poll": 0.01, "again": 0.05, "names": self.names, "deployed": True}
+        fast: dict[str, Any] = {"poll": 0.01, "again": 0.05, "names": self.names, "deployed": True}
         return Job(run, order, folder, **(fast | more))
 
 

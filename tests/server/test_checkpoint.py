@@ -49,7 +49,17 @@ def test_the_last_two_are_kept_up_to_the_longest_run(tmp_path):
     assert files(tmp_path) == ["round-099999.safetensors", "round-100000.safetensors"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:5], lambda b: b"", lambda b: b"\xff" * len(b)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+        lambda b: b.replace(b'"round":"2"', b'"round":"3"'),
+        lambda b: b[:5],
+        lambda b: b"",
+        lambda b: b"\xff" * len(b),
+    ],
+)
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, damage):
     for number in (1, 2):
         checkpoint.write(tmp_path, state(number), "sha")

@@ -16,7 +16,7 @@ from fedscan_core.errors import ConfigError
 from fedscan_core.order import Order
 from fedscan_core.wire import Reply
 from fedscan_server import app as loop
-from fedscan_server import deployed, tracking
+from fedscan_server import checkpoint, deployed, tracking
 from fedscan_server.coordinator import service, sites, vault
 
 RUN = "demo-0123456789ab"
@@ -153,14 +153,14 @@ def test_a_stopped_run_and_its_resume(coordinator, pretend, memory_path):
 def test_where_the_program_breaks_off_the_run_waits_and_its_text_stays_in_the_log(
     coordinator, pretend, monkeypatch, caplog, capfd, error
 ):
-    real = loop.checkpoint.write
+    real = checkpoint.write
 
     def full(folder, state_, *rest):
         if state_.round == 2:
             raise error
         real(folder, state_, *rest)
 
-    monkeypatch.setattr(loop.checkpoint, "write", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     folder = launch(coordinator, pretend.run_config())
     deployed.run(pretend.Network(), coordinator, RUN)
     assert state(folder) == ("waiting", deployed.BROKE_OFF)

@@ -14,6 +14,7 @@ from fedscan_core.order import Order
 from fedscan_core.wire import Reply
 from fedscan_server.rounds import Mail
 from fedscan_server.rounds_declare import PARTICIPANTS, declare
+from fedscan_server.tracking import Progress
 
 
 class Hospitals:
@@ -48,7 +49,7 @@ def test_everybody_says_yes(pretend, memory_path):
 
 
 def test_a_site_that_waits_for_a_person_is_asked_until_it_decides(pretend, memory_path):
-    says, seen = Hospitals(birch="pending"), []
+    says, seen = Hospitals(birch="pending"), list[Progress]()
     threading.Timer(0.5, lambda: says.says.update(birch="yes")).start()
     net, (_, plans) = ask(pretend, memory_path, says, seen)
     assert list(plans) == list(pretend.sizes) and net.asked.count(("query", 0, "birch")) > 2
@@ -121,7 +122,7 @@ def test_a_site_that_lies_about_its_plan_takes_no_part(pretend, memory_path):
         lie = dataclasses.replace(good.plan, epsilon=0.1)
         return dataclasses.replace(good, plan=lie) if site == "ash" else good
 
-    seen = []
+    seen = list[Progress]()
     _, (_, plans) = ask(pretend, memory_path, answer, seen)
     assert list(plans) == ["birch", "cedar"] and any("costs more" in note for p in seen for note in p.notes)
 
