@@ -133,9 +133,10 @@ def test_nobody_there(fake_coordinator, tmp_path, monkeypatch):
         assert refused(lambda: door.hello(it), "did not answer within").kind == "unreachable"
 
 
-@pytest.mark.parametrize(
-    "raw", [b"<html>portal</html>", b"[]", b'{"coordinator": "centre"}', b"[" * 100_000, b'"' + b"x" * (5 * 2**20)]
-)
+HUGE = b'{"coordinator":"c","version":"1","flower":"1","protocol":2,"utc":"","more":"' + b"x" * (5 * 2**20) + b'"}'
+
+
+@pytest.mark.parametrize("raw", [b"<html>portal</html>", b"[]", b'{"coordinator": "centre"}', b"[" * 100_000, HUGE])
 def test_what_answers_is_something_else(fake, tmp_path, raw):
     it = connected(fake, tmp_path / "north")
     fake.raw = raw

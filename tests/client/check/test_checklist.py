@@ -1,6 +1,7 @@
 """`fedscan agent check`: ticks where all is well, a cross with a remedy for each thing that is not; it only reads."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
@@ -13,8 +14,10 @@ import pytest
 from fedscan_client import connection as connections
 from fedscan_client import door, site, train
 from fedscan_client.audit import log
-from fedscan_client.check import checklist, machine, network
+from fedscan_client.check import checklist, machine, network, patients
 from fedscan_client.check.finding import skip
+from fedscan_client.cohort import Image
+from fedscan_client.consent import Decision, Register
 from fedscan_client.dp import ledger
 from fedscan_core.errors import ConfigError
 
@@ -257,6 +260,22 @@ def test_the_rehearsal_leaves_out_who_may_not_train(north, write_register, monke
     found = look(north)
     assert len(seen[0]) == 6
     assert found["rehearsal"].state == "fail" and "ZeroDivisionError" in found["rehearsal"].says
+
+
+@pytest.mark.parametrize(
+    ("decision", "until", "may"),
+    [
+        (Decision(True, "permit", ""), None, True),
+        (Decision(False, "denied", ""), None, False),
+        (Decision(True, "permit", "", by_guardian=True), None, False),
+        (Decision(True, "permit", ""), date(2026, 1, 1), False),
+        (Decision(True, "permit", ""), date(2026, 1, 2), True),
+    ],
+)
+def test_who_may_be_rehearsed_with(decision, until, may):
+    register = Register(date(2026, 1, 1), {"a" * 32: decision}, Decision(False, "not_listed", ""))
+    image = Image("a" * 32, "ill", "train", "", None, functools.partial(np.zeros, 3), until)
+    assert patients.may_train(register, image, date(2026, 1, 2)) is may
 
 
 def test_images_that_cannot_be_decoded(north):
