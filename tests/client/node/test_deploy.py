@@ -1,4 +1,4 @@
-"""What is shipped to start an agent: the systemd unit and the container file, checked by their own tools where present."""
+"""What is shipped to start an agent: systemd unit and container file, checked by their own tools where present."""
 
 import re
 import shutil
