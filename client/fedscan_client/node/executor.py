@@ -47,12 +47,14 @@ def main() -> None:
 def connect(address: str, secret: bytes) -> Client:
     """Flower's client of the SuperNode's API, which proves with `secret` that it may take tasks."""
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
     from flwr.supercore.runtime import RuntimeHttpClient
 
     proof = SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
     )
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperExec"), proof]
+    version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
+    interceptors: list[ProtobufClientInterceptor] = [version, proof]
     client: Client = RuntimeHttpClient.from_server_address(address, True, None, interceptors)
     return client
 

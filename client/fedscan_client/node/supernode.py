@@ -5,9 +5,9 @@ Stock, it unzips and parses whatever bundle the server sends to find its default
 memory. Ours compares the bytes. Of a foreign bundle only the digest is kept, and its task is refused by `task.py`,
 which tells the server why.
 
-Stock, a task that ends before it has fetched its message is never answered for, and the SuperNode waits for ever for a
-reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours answers for it when
-the task's token expires, like for any other.
+Stock, a task that ends between fetching its input and fetching its message is never answered for, and the SuperNode
+waits for ever for a reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours
+answers for it when the task's token expires, like for any other.
 
     python -P -s -m fedscan_client.node.supernode ...      arguments as `flower-supernode`
 """

@@ -51,13 +51,15 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
     """
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     _die_with(os.getppid())
     began = time.monotonic()
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)]
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    interceptors: list[ProtobufClientInterceptor] = [version, RuntimeTokenHttpInterceptor(token)]
     client = RuntimeHttpClient.from_server_address(
         address, True, None, interceptors, retry_invoker=make_simple_http_retry_invoker()
     )

@@ -1,4 +1,4 @@
-"""The whole node against Flower's own SuperLink over TLS: rounds, a pause, kills, a restart, a foreign bundle and key."""
+"""The whole node against Flower's own SuperLink over TLS: rounds, pause, kills, restart, foreign bundle and key."""
 
 import os
 import pickle
@@ -124,7 +124,7 @@ def test_rounds_a_pause_and_a_foreign_bundle(lab, link, agent, make_run):
 
 @pytest.mark.parametrize("victim", ["node.supernode", "node.executor", "multiprocessing.forkserver"])
 def test_a_part_that_is_killed_comes_back(lab, link, agent, make_run, victim):
-    process, site, node_id = agent
+    process, _, _ = agent
     run(lab, link, asked(make_run, (1,)))
     lab.wait_for(lambda: told(link) and "done" in told(link)[-1], PATIENCE)
     for pid in named(process, victim):
@@ -137,7 +137,7 @@ def test_a_part_that_is_killed_comes_back(lab, link, agent, make_run, victim):
 
 
 def test_a_server_that_restarts_finds_the_site_again(lab, link, agent, make_run):
-    process, site, node_id = agent
+    _, _, node_id = agent
     link.processes[0].kill()
     link.processes[0].wait()
     time.sleep(5)

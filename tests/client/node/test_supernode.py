@@ -45,7 +45,7 @@ def test_a_task_that_dies_before_it_fetched_its_message_is_answered_for(node, fa
     """Stock Flower waits for ever for that answer."""
     run_id = node.pull(fake())
     (task,) = [one for one in node.state.get_tasks() if one.run_id == run_id]
-    assert node.state.claim_task(task.task_id)  # an executor took it, and nothing was heard of it since
+    assert node.state.claim_task(task.task_id) and node.state.activate_task(task.task_id)  # it has asked for its input
     assert not node.state.get_messages_legacy(run_ids=[run_id], is_reply=True)
     node.state.task_token_store[task.task_id].active_until -= timedelta(hours=1)
     _, reason = node.reply(run_id, 5)
