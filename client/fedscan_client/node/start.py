@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fedscan_client import connection as connections
 from fedscan_client import site as sites
-from fedscan_client.audit import log
+from fedscan_client.audit import log, syslog
 from fedscan_client.connection import Connection
 from fedscan_client.node import flower, publish
 from fedscan_client.site import Site
@@ -69,13 +69,19 @@ def start(
         state = State(agent / "state.json", tell)
         log.append(here.folder, "start", coordinator=connection.coordinator, address=connection.address)
         state.say("agent", f"serves {here.name} for {connection.coordinator} at {connection.address}")
-        publisher = threading.Thread(target=publish.keep_published, args=(here.folder, stop, state.say), daemon=True)
-        publisher.start()
+        beside = ((publish.keep_published, (here.folder, stop, state.say)), (_copy_log, (here, stop, state)))
+        for work, arguments in beside:
+            threading.Thread(target=work, args=arguments, daemon=True).start()
         try:
             _serve(here, children(here, connection, agent, given, keep), stop, state)
         finally:
             log.append(here.folder, "stop")
             state.say("agent", "stopped")
+
+
+def _copy_log(here: Site, stop: threading.Event, state: "State") -> None:
+    """The audit log to the hospital's own collector, where site.toml names one."""
+    syslog.follow(here.folder, here.audit, stop, lambda text: state.say("syslog", text))
 
 
 def _serve(here: Site, pair: tuple[Child, Child], stop: threading.Event, state: "State") -> None:
