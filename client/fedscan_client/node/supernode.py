@@ -1,4 +1,4 @@
-"""Flower's SuperNode with two changes: it never opens a bundle, and never waits for a task that nobody runs.
+"""Flower's SuperNode with three changes: it opens no bundle, waits for no lost task, and tells no server how long it took.
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
@@ -8,6 +8,9 @@ which tells the server why.
 Stock, a task that ends between fetching its input and fetching its message is never answered for, and the SuperNode
 waits for ever for a reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours
 answers for it when the task's token expires, like for any other.
+
+Stock, each reply tells the server to the microsecond how long the ClientApp worked (`fleet_http_connection.py`,
+`clientapp_runtime_list`), which depends on who was sampled. Ours says 0.
 
     python -P -s -m fedscan_client.node.supernode ...      arguments as `flower-supernode`
 """
@@ -69,6 +72,11 @@ def answer_for_all(state_class: Any) -> None:
     state_class._store_error_replies = store
 
 
+def tell_no_time(state_class: Any) -> None:
+    """Makes a node state say of every message that it took no time."""
+    state_class.get_message_processing_duration = lambda self, message_id: 0.0
+
+
 def change() -> None:
     """Makes the changes to Flower in this process."""
     importlib.import_module("flwr.supernode.start_client_internal").__dict__.update(
@@ -77,6 +85,7 @@ def change() -> None:
     state = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     keep_no_bundle(state)
     answer_for_all(state)
+    tell_no_time(state)
 
 
 def main() -> None:
