@@ -1,4 +1,4 @@
-"""Flower's SuperNode with three changes: it opens no bundle, waits for no lost task, and tells no server how long it took.
+"""Flower's SuperNode with three changes: it opens no bundle, waits for no lost task, and keeps times to itself.
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
