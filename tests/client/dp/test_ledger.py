@@ -31,7 +31,7 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.errors import BudgetError, ConfigError, RecordDamaged
 
 PLAN = SitePlan(100, 1e-5, 2.0, 0.1, 1.5, 30, 4.0)
-CONFIG = {"config_sha": "c" * 64}
+CONFIG: dict[str, Any] = {"config_sha": "c" * 64}
 STEP = Release("poisson_gauss", 0.1, 1.5, 1.0, 10.0, 1)
 QUERY = Release("gaussian", 1.0, 4.0, 1.0, 1.0, 0)
 ASKED: dict[str, Any] = {"plan": PLAN, **CONFIG, "input_sha": "i" * 64, "release": STEP}

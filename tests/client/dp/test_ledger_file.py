@@ -18,7 +18,7 @@ from fedscan_core.errors import FolderError, RecordDamaged
 
 BUDGET = Budget(8.0, 1e-4)
 PLAN = SitePlan(100, 1e-5, 2.0, 0.1, 1.5, 5000, 4.0)
-CONFIG = {"config_sha": "c" * 64}
+CONFIG: dict[str, Any] = {"config_sha": "c" * 64}
 STEP = Release("poisson_gauss", 0.1, 1.5, 1.0, 10.0, 1)
 ASKED: dict[str, Any] = {"plan": PLAN, **CONFIG, "input_sha": "i" * 64, "release": STEP}
 
