@@ -30,7 +30,6 @@ from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
-RETIRED = "retired"  # file in that folder: the site has left for good
 
 OpenSite = Callable[[Context], Site]
 
@@ -195,7 +194,7 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     """
     if stale := order.fault(request.order):
         raise Refused(stale)
-    if (here.folder / RETIRED).exists():
+    if (here.folder / site.RETIRED).exists():
         raise Refused("this site has left the federation")
     run = config.from_server(request.config)
     plan = accounting.plan_for(run, here.patients_declared)

@@ -22,7 +22,6 @@ from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 from fedscan_core.files import sync_folder, write_atomic
 from fedscan_core.invite import Invite
 
-RETIRED = "retired"  # file in the site's folder: the day on which it was retired
 NEXT_KEY = "node.key.next"  # takes a revoked key's place once the coordinator has its public half
 
 
@@ -90,7 +89,7 @@ def enrol(invitation: Path, folder: Path | None = None) -> Enrolled:
 
 def _same_place(folder: Path, invite: Invite) -> None:
     """A folder belongs to one coordinator: its budget was granted to that one's runs."""
-    if (folder / RETIRED).exists():
+    if (folder / site.RETIRED).exists():
         raise FolderError(f"{folder} was retired.", remedy="A new site gets a folder and a name of its own.")
     if not (folder / connections.FILE).exists():
         return

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
 
 from fedscan.grid import InlineGrid
-from fedscan_client import app, approvals, train
+from fedscan_client import app, approvals, site, train
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger
 from fedscan_core import config, wire
@@ -200,7 +200,7 @@ def test_stale_and_replayed_orders_are_refused(make_site, run, order, tmp_path):
     again = at(-day, 5 * day, "run-1")  # another order under an id that is known
     assert "another order came" in ask(here, "query", again).reason
     assert ask(here, "train", again, round_=1, model=weights(run)) == FAILED
-    (here.folder / app.RETIRED).touch()
+    (here.folder / site.RETIRED).touch()
     assert ask(here, "query", order) == Reply("north", "refused", "this site has left the federation")
     assert ask(here, "train", order, round_=1, model=weights(run)) == FAILED
 

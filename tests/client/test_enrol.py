@@ -163,7 +163,7 @@ def test_what_is_refused(fake, invitation, tmp_path, make_site):
     elsewhere = fake.invitation(tmp_path / "else.toml", address="https://elsewhere.example")
     with pytest.raises(FolderError, match="is enrolled as 'north'"):
         enrol.enrol(elsewhere, tmp_path / "north")
-    (tmp_path / "north" / enrol.RETIRED).write_text("2026-01-01\n")
+    (tmp_path / "north" / site.RETIRED).write_text("2026-01-01\n")
     with pytest.raises(FolderError, match="retired"):
         enrol.enrol(invitation, tmp_path / "north")
     (tmp_path / "file").write_text("")

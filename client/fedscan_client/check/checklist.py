@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 
 from fedscan_client import connection as connections
-from fedscan_client import enrol, site
+from fedscan_client import site
 from fedscan_client.check import machine, network, patients, policies, records, rehearsal
 from fedscan_client.check.finding import Finding, fail, skip
 from fedscan_client.consent import Register
@@ -24,7 +24,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder.", remedy="Give the site's folder, which holds site.toml.")
-    if (folder / enrol.RETIRED).exists():
+    if (folder / site.RETIRED).exists():
         yield fail("site", "This site was retired.", "A new site gets a folder and a name of its own.")
         return
     yield from _guarded("coordinator", lambda: network.look(folder))
