@@ -78,7 +78,9 @@ def good(run, kind):
     what = {"train": "update", "evaluate": "histogram"}[kind]
     shapes = egress.declared(config.for_sites(run), what)
     arrays = {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    return Reply("north", "ok", update=arrays) if kind == "train" else Reply("north", "ok", histogram=arrays["histogram"])
+    if kind == "train":
+        return Reply("north", "ok", update=arrays)
+    return Reply("north", "ok", histogram=arrays["histogram"])
 
 
 def events(here):
