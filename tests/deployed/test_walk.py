@@ -69,7 +69,7 @@ def test_a_run_that_is_refused_by_hand_starts_without_the_site(federation):
     lab = federation.lab
     run_id = lab.launch(lab.write_run("refused", rounds=1, private=False, more=QUORUM_OF_TWO))
     wait_for(lambda: pending(lab, "west", run_id), 90, "the run waits at west")
-    lab.fedscan("agent", "refuse", lab.site("west"), run_id, "--by", "Dr Who", "--reason", "not this time")
+    lab.fedscan("agent", "refuse", lab.site("west"), run_id, "--by", "Dr Who", "--yes", "--reason", "not this time")
     assert lab.await_end(run_id)["state"] == "finished"
     assert lab.rounds(run_id)[0]["sites"] == 2
 
