@@ -1,7 +1,7 @@
-"""The worker: one process that runs the installed ClientApp on one request after another, and keeps what it has made.
+"""The worker: one process that runs the installed ClientApp on one request after another and keeps what it has made.
 
-What it keeps is the site's cohort, read, decrypted and decoded (`cohort.load_patients`, made anew whenever the cache
-has changed), and the engine's plans (`dp.plans`). It is forked from the executor's warm process and dies with it; nobody
+What it keeps is the site's cohort, read, decrypted and decoded (`cohort.load_patients`, which loads it again when it
+changed), and the engine's plans (`dp.plans`). It is forked from the executor's warm process and dies with it; nobody
 but a task of the same executor writes to its pipe. CUDA is touched here for the first time, if at all.
 
 It holds the ledger's lock while it works on a request, and at no other time. Whatever is not a plain answer ends it: an
