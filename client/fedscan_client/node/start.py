@@ -32,7 +32,7 @@ from fedscan_core.errors import FolderError
 from fedscan_core.files import write_atomic
 from fedscan_core.supervise import Child
 
-FOLDER, PAUSED = "agent", "paused"
+FOLDER, PAUSED = "agent", sites.PAUSED
 _LOOK_SECONDS = 0.5  # how soon a pause is noticed
 
 Tell = Callable[[str], None]
