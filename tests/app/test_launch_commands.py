@@ -1,5 +1,6 @@
 """`fedscan login` to `fetch` as typed, against a coordinator's edge over TLS in this process."""
 
+import dataclasses
 import io
 import json
 import os
@@ -127,6 +128,13 @@ def test_a_run_that_would_not_start_is_not_sent(ada, edge, call, run_toml):
     code, _, err = call("launch", run_toml, "--yes", "--json", "--set", "privacy.target_epsilon=30")
     assert code == 2 and "Nothing was sent: 0 of 3 sites" in err and "this site allows 20" in err
     assert "POST /runs" not in edge.seen
+
+
+def test_a_viewer_sends_nothing(ada, edge, call, run_toml):
+    profiles.save(dataclasses.replace(profiles.load(), role="viewer"))
+    code, _, err = call("launch", run_toml, "--yes", "--json")
+    assert code == 2 and "viewers do not launch" in err
+    assert set(edge.seen) == {"GET /hello", "GET /sites"}
 
 
 def test_what_is_sent_is_what_was_read_and_signed(ada, edge, call, run_toml):

@@ -70,7 +70,7 @@ def trained(run, plan, weights, sums):
         train._clipped_sums = real
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(honest())
 def test_honest_updates_pass(drawn):
     """All but the sum over patients is the client's code; every patient pulls one way, as hard as the clip lets."""

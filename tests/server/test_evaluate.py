@@ -93,7 +93,11 @@ def test_groups_are_told_apart_and_everybody_is_sharper_than_one_table():
     assert by_group["all"]["patients_noise_sd"] < by_group["F"]["patients_noise_sd"]
 
 
-@pytest.mark.parametrize("run", [RUN, run_for("abc"), run_for(groups=["sex"])], ids=["plain", "labels", "groups"])
+@pytest.mark.parametrize(
+    "run",
+    [RUN, pytest.param(run_for("abc"), marks=pytest.mark.slow), run_for(groups=["sex"])],
+    ids=["plain", "labels", "groups"],
+)
 def test_the_spread_it_states_is_the_spread_there_is(run):
     scores, targets = scored(3000)
     exact, sites, noise = np.zeros(histograms.shape(run)), 3, 4.0

@@ -92,6 +92,7 @@ def client(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}",
         trust_env=False,  # never through a proxy
+        verify=False,  # plain HTTP: no list of authorities to load
         follow_redirects=False,
         timeout=httpx.Timeout(60.0, connect=5.0),
         limits=httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=2.0),
