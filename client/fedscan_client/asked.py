@@ -69,6 +69,7 @@ def _cost(here: Site, asked: Asked, run: RunConfig, plan: SitePlan) -> dict[str,
         cost |= {"epsilon": plan.epsilon, "delta": plan.delta, "noise_multiplier": plan.noise_multiplier}
         if here.policy.gate == "sum" and not charged:
             cost["left_after"] = max(0.0, left - plan.epsilon)
+            cost["last"] = delta_left - plan.delta < plan.delta * (1 - 1e-9)
     return cost
 
 
@@ -163,7 +164,7 @@ def _cost_words(cost: dict[str, Any] | None) -> str:
     return (
         f"Cost: {of}, for {who}; charged for ever when it starts, also if it stops early. Of the lifetime budget of "
         f"{cost['lifetime']:g}, {cost['left']:.3g} is left now{after}."
-    )
+    ) + (" Its delta is the last that fits: no further run like it would." if cost.get("last") else "")
 
 
 def _leaving_words(leaves: dict[str, Any]) -> str:

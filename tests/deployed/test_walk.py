@@ -46,7 +46,7 @@ def test_three_hospitals_one_of_which_decides_by_hand_train_a_model(federation):
     for name in ("north", "south", "west"):
         lab.fedscan("agent", "audit", "verify", lab.site(name))
         assert len(released(lab, name, run_id)) == 3  # two updates and a histogram
-        shown = lab.fedscan("agent", "audit", "show", lab.site(name), "--released")
+        shown = json.dumps(lab.json("agent", "audit", "show", lab.site(name), "--released", "--json"))
         assert run_id in shown
 
 

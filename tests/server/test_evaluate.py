@@ -101,15 +101,15 @@ def test_the_spread_it_states_is_the_spread_there_is(run):
     exact[-1] = exact[0]  # all of them of unknown sex
     rng = np.random.default_rng(1)
     found = []
-    for _ in range(600):
+    for _ in range(200):
         noisy = [exact * histograms.share(run) / sites + rng.normal(0, noise, exact.shape) for _ in range(sites)]
         found.append(private_metrics(run, noisy, [noise] * sites)["private_evaluation"]["cells"][0])
     areas = [cell["auroc"] for cell in found]
     assert all(one["status"] == "private" for one in areas)
     spread = np.std([one["value"] for one in areas])
-    assert np.mean([one["noise_sd"] for one in areas]) == pytest.approx(spread, rel=0.08)
-    assert found[0]["patients_noise_sd"] == pytest.approx(np.std([cell["patients"] for cell in found]), rel=0.08)
-    assert abs(np.mean([one["value"] for one in areas]) - tasks.auroc(scores, targets)) < 3 * spread / 600**0.5 + 3e-3
+    assert np.mean([one["noise_sd"] for one in areas]) == pytest.approx(spread, rel=0.15)
+    assert found[0]["patients_noise_sd"] == pytest.approx(np.std([cell["patients"] for cell in found]), rel=0.15)
+    assert abs(np.mean([one["value"] for one in areas]) - tasks.auroc(scores, targets)) < 3 * spread / 200**0.5 + 3e-3
 
 
 def test_withheld_where_noise_dominates():

@@ -9,6 +9,7 @@ from PIL import Image
 
 import fedscan_client.app
 import fedscan_client.node.task  # noqa: F401
+import fedscan_client.node.worker
 import fedscan_models.registry  # noqa: F401
 
 Image.preinit()

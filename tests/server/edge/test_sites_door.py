@@ -1,5 +1,6 @@
 """Enrolment and the site's own door."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_a_guesser_waits_and_others_do_not(live: Live) -> None:
     there = {"x-forwarded-for": "192.0.2.1, 192.0.2.7"}
     assert live.http.post(f"{PREFIX}/enrol", json=body, headers=there).status_code == 200
     assert live.http.get(f"{PREFIX}/hello").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::"])
+def test_bound_to_the_outside_no_peer_says_where_it_comes_from(live: Live, host: str) -> None:
+    live.edge.coordinator = dataclasses.replace(live.c, bind=(host, live.c.bind[1]))
+    guess = enrolment("A" * 43, "north", KEY)
+    for number in range(21):
+        there = {"x-forwarded-for": f"192.0.2.{number}"}
+        status = live.http.post(f"{PREFIX}/enrol", json=guess, headers=there).status_code
+        assert status == (403 if number < 20 else 429), number
 
 
 def test_about_itself(live: Live) -> None:
