@@ -138,8 +138,7 @@ def _words(told: dict[str, Any]) -> Iterator[str]:
 
 
 def _quoted(text: str, otherwise: str = "none given") -> str:
-    """What a stranger wrote, marked as such: no blanks to push it onto a line that looks like ours, no quotes of its
-    own."""
+    """What a stranger wrote, marked as such: without blanks that push it onto a line that looks like ours."""
     visible = "".join(" " if letter in "\u2800\u3164\uffa0\u115f\u1160" else letter for letter in printable(text))
     words = " ".join(visible.split()).replace('"', "'")
     return f'"{words}"' if words else otherwise

@@ -184,9 +184,7 @@ def _redeem(
 
 
 def _launchers(told: Mapping[str, Any]) -> Mapping[str, str]:
-    """Those that are what they say: a person may copy them into site.toml, where a quote or a line end would begin
-    something else.
-    """
+    """Those that are names and keys and no more: a person may copy them into site.toml."""
     sound = {}
     for name, key in told.items():
         words = key.split() if isinstance(key, str) else []

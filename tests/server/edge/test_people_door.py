@@ -54,6 +54,16 @@ def test_guesses_are_slowed_down(live: Live) -> None:
     assert live.http.get(f"{PREFIX}/runs", headers={**token, "x-forwarded-for": "192.0.2.9"}).status_code == 200
 
 
+def test_one_person_cannot_fill_the_disk_with_runs(live: Live, ada: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MOST_OPEN", 2)
+    first = launch(live, ada)
+    launch(live, ada)
+    answer = live.http.post(f"{PREFIX}/runs", json=submission(ada[0]), headers=ada[1])
+    assert answer.status_code == 409 and "not over" in answer.json()["error"]
+    tracking.set_state(live.c.runs / first, "stopped")
+    launch(live, ada)
+
+
 def test_roles(live: Live, ada: tuple[Ed25519PrivateKey, dict[str, str]]) -> None:
     run_id = launch(live, ada)
     _, bob = live.person("bob", "researcher")
