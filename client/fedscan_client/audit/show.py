@@ -114,4 +114,6 @@ def words(record: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
