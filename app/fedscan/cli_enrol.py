@@ -126,8 +126,6 @@ def _check(arguments: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from fedscan_client.check import checklist
-
     console = Console(highlight=False)
     found: list[Finding] = []
     with contextlib.ExitStack() as waiting:
@@ -135,6 +133,8 @@ def _check(arguments: argparse.Namespace) -> int:
             console.print(f"fedscan agent check {arguments.site.absolute()}   {_here()}", soft_wrap=True)
             if console.is_terminal:
                 waiting.enter_context(console.status("checking"))  # loading PyTorch takes seconds
+        from fedscan_client.check import checklist
+
         for one in checklist.findings(arguments.site):
             found.append(one)
             if not arguments.json:

@@ -164,7 +164,7 @@ def _init(arguments: argparse.Namespace) -> int:
         raise ConfigError("Your own certificate needs its key too.", remedy="Give --certificate and --key.")
     c = service.init(
         _folder(arguments),
-        arguments.name or arguments.address.rpartition(":")[0].strip("[]"),
+        arguments.name or (arguments.address.rpartition(":")[0] or arguments.address).strip("[]"),
         arguments.address,
         arguments.bind,
         arguments.superlink_port,

@@ -180,8 +180,15 @@ def load(folder: Path) -> Site:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         return Site.model_validate({**tree, "folder": folder})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.", remedy="A site's folder holds a site.toml.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder} is no site's folder: it holds no {FILE}.",
+            remedy="Give the folder that enrol made; a new one: fedscan agent enrol INVITE.toml",
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", remedy="Use its owner's account.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", remedy="Mend that line.") from None
     except ValidationError as error:
         item = error.errors()[0]
         key = ".".join(map(str, item["loc"]))

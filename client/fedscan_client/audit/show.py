@@ -113,5 +113,7 @@ def words(record: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     text = wire.plain(str(value), 600)  # some of it is the server's wording: it steers no terminal
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
