@@ -200,6 +200,9 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     if (here.folder / site.RETIRED).exists():
         raise Refused("this site has left the federation")
     run = config.from_server(request.config)
+    reason = policy.refusal(here.policy, run, None, request.order)  # first: a plan of many steps takes long to price
+    if reason is not None:
+        raise Refused(reason)
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan, request.order)
     if reason is None and here.consent is None and not here.policy.research_cohort:

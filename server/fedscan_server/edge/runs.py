@@ -256,12 +256,15 @@ def _willing(c: Coordinator, run: RunConfig, asked: Order) -> None:
 
 
 def _refusal(run: RunConfig, asked: Order, published: dict[str, Any]) -> str | None:
+    today = datetime.now(UTC).date()
     try:
         allowed, patients = policy.from_public(published)
+        if why := policy.refusal(allowed, run, None, order=asked, today=today):  # before the plan, which takes longer
+            return why
         plan = accounting.plan_for(run, patients)
     except (ConfigError, PrivacyError) as error:
         return error.message
-    return policy.refusal(allowed, run, plan, order=asked, today=datetime.now(UTC).date())
+    return policy.refusal(allowed, run, plan, order=asked, today=today)
 
 
 def _now() -> str:
