@@ -229,6 +229,8 @@ class Lab:
 
         def online() -> bool:
             told = self.json("server", "sites", "--state", self.state, "--json", role="coordinator")
+            for name in names:
+                assert name not in self.running or self.running[name].poll() is None, self.printed(name)
             there = {row["name"] for row in told if row["state"] == "online"}
             return set(names) <= there
 
