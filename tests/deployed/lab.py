@@ -200,7 +200,7 @@ class Lab:
     def draw(self, name: str, patients: int = 40, seed: int = 1) -> Path:
         """What the site's PACS would hold: dicom/, labels.csv, consent.csv."""
         hospital = self.root / "pacs" / name
-        self.fedscan("phantom", hospital, "--dicom", "--patients", patients, "--size", 32, "--seed", seed)
+        self.fedscan("phantom", hospital, "--dicom", "--patients", str(patients), "--size", "32", "--seed", str(seed))
         return hospital
 
     def enrol(self, name: str, env: Mapping[str, str] | None = None) -> str:
