@@ -114,21 +114,27 @@ def label_index(text: str, labels: Sequence[str]) -> int:
 def load_patients(site: Site, run: RunConfig, split: str) -> Patients:
     """The site's patients of one split, decoded and turned into inputs once, and again when its images changed.
 
+    Of a site the newest _KEPT of these stay in memory.
+
     Raises:
         DataError: the cohort as a whole cannot be read. Its text may name a file: it stays inside the site.
         SiteKeyError: the site's key cannot be had, or is not the cache's.
     """
     what = (site.folder, split, json.dumps([run.task.model_dump(mode="json"), run.model.name, run.privacy.unit]))
-    state = "" if site.table is not None else cache.state_digest(site.cache)
-    known = _MEMORY.get(what)
+    state = cache.state_digest(site.cache) if site.table is None else _table_state(site, site.table)
+    known = _MEMORY.pop(what, None)
     if known is None or known[0] != state:
         # What was withdrawn leaves the memory too, whatever run it was loaded for.
         for other in [it for it, (then, _) in _MEMORY.items() if it[0] == site.folder and then != state]:
             del _MEMORY[other]
-        _MEMORY[what] = known = (state, _load(site, run, split))
+        known = (state, _load(site, run, split))
+    for oldest in [it for it in _MEMORY if it[0] == site.folder][: 1 - _KEPT]:
+        del _MEMORY[oldest]
+    _MEMORY[what] = known  # the newest
     return known[1]
 
 
+_KEPT = 4  # training and evaluation of two runs at a time
 _MEMORY: dict[tuple[Path, str, str], tuple[str, Patients]] = {}
 
 
@@ -166,6 +172,19 @@ def images_of(site: Site, run: RunConfig) -> tuple[list[Image], list[str]]:
                 split, until = entry.split or where, opened.patient.consent_until
                 images.append(Image(name, entry.label, split, entry.sex, entry.age, load, until))
     return images, left_out
+
+
+def _table_state(site: Site, folder: Path) -> str:
+    """Another one whenever the table, or a file that it names, was written anew: by size and time."""
+    text = (site.folder / TABLE).read_text(encoding="utf-8")
+    digest = hashlib.sha256(text.encode())
+    for name in sorted({row["file"] for row in csv.DictReader(text.splitlines(keepends=True))}):
+        try:
+            stat = (folder / name).stat()
+            digest.update(f"{name}\0{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except (OSError, ValueError):  # it is not there; the loader leaves that image out
+            digest.update(f"{name}\0\n".encode())
+    return digest.hexdigest()
 
 
 def _of_table(site: Site, folder: Path, run: RunConfig) -> Iterator[Image]:

@@ -45,6 +45,7 @@ from fedscan_core.files import write_atomic
 from fedscan_core.policy import Policy
 
 FILE = "site.toml"
+PAUSED = "paused"  # while this file is there nothing made of data leaves: see `node.status.pause`
 RETIRED = "retired"  # the day on which the site left for good
 NAMED = "names.check"  # fingerprint of what the site's pseudonyms are made with
 

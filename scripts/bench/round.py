@@ -2,6 +2,7 @@
 """What a round over the network costs beyond the work in it: our node beside Flower's own, on loopback.
 
     scripts/bench/round.py [--sites 2] [--rounds 8] [--json]
+    scripts/bench/round.py --work [--patients 40] [--rounds 4] [--json]
 
 One SuperLink (TLS, node authentication, state on disk) serves both, with a ServerApp that asks every site for a round
 as soon as the one before is complete. Seconds are from asking until every site's answer is there, the median over all
@@ -11,6 +12,9 @@ rounds but the first two, when things are imported for the first time.
 - fedscan: `fedscan agent start` of a small site each, which really trains: one private step of the cnn.
 
 `floor` is what Flower's polling alone costs: a SuperNode that found nothing to do sleeps for 3 seconds.
+
+--work asks the worker alone, with no network and no task: what the work takes the first time and from then on, for
+patients with two radiographs each in the encrypted cache and the frozen scattering features. One private step.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -35,8 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedscan_client import connection as connections
+from fedscan_client import keys
 from fedscan_client.cohort import COLUMNS
 from fedscan_client.connection import Connection
+from fedscan_client.intake import cache
+from fedscan_client.intake.records import Volume, Window
+from fedscan_client.intake.sources.settings import Folder
 from fedscan_client.intake.sources.settings import Table as TableSource
 from fedscan_client.site import Site
 from fedscan_client.site import save as save_site
@@ -57,13 +66,21 @@ def main() -> None:
     words.add_argument("--sites", type=int, default=2, help="default %(default)s")
     words.add_argument("--rounds", type=int, default=8, help="default %(default)s")
     words.add_argument("--json", action="store_true", help="rows as JSON on standard output and nothing else there")
+    words.add_argument("--work", action="store_true", help="the worker alone: its first request and the later ones")
+    words.add_argument("--patients", type=int, default=40, help="of --work; default %(default)s")
     arguments = words.parse_args()
     if arguments.sites < 1 or arguments.rounds <= _WARM:
         words.error(f"--sites must be at least 1 and --rounds more than {_WARM}")
     with tempfile.TemporaryDirectory(prefix="fedscan-round-") as folder:
-        rows = measure(Path(folder), arguments.sites, arguments.rounds)
+        if arguments.work:
+            rows = work(Path(folder), arguments.patients, arguments.rounds)
+        else:
+            rows = measure(Path(folder), arguments.sites, arguments.rounds)
     if arguments.json:
         print(json.dumps(rows, indent=1))
+    elif arguments.work:
+        for row in rows:
+            print(f"{row['kind']:6} {row['round']:3} {row['seconds']:8.2f} s")
     else:
         show(rows)
 
@@ -87,6 +104,35 @@ def measure(folder: Path, sites: int, rounds: int) -> list[dict[str, Any]]:
         rows.append(
             row | {"fastest": min(order), "slowest": max(order[_WARM:]), "floor": FLOOR, "over_floor": median / FLOOR}
         )
+    return rows
+
+
+def work(folder: Path, patients: int, rounds: int) -> list[dict[str, Any]]:
+    """One row for each request to a worker: the query, then the rounds."""
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedscan_client.node import executor, task, worker
+
+    site, run = _cached_site(folder / "site", patients), _run("scatter", 224)
+    order = Order("demo-1", config.for_sites(run))
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 7, 1
+    context = Context(run_id=1, node_id=7, node_config={task.SITE_KEY: str(site)}, state=RecordDict(), run_config={})
+    asked = [("query", wire.Request(order, 0))]
+    asked += [("train", wire.Request(order, number, train_model(run))) for number in range(1, rounds + 1)]
+    process = worker.start(executor.warm())
+    rows = []
+    try:
+        for kind, request in asked:
+            message = Message(wire.request_record(request), 7, kind)
+            start = time.perf_counter()
+            content = worker.ask(process.pipe, message, context)
+            seconds = time.perf_counter() - start
+            if content is None or wire.read_reply(content).status != "ok":
+                raise SystemExit(f"{kind}: the worker did not answer")
+            rows.append({"kind": kind, "round": request.round, "patients": patients, "seconds": seconds})
+    finally:
+        process.end()
     return rows
 
 
@@ -126,7 +172,9 @@ def fedscan(lab: ModuleType, link: Any, sites: int, rounds: int) -> Iterator[byt
                 agents.append(subprocess.Popen(argv, env=os.environ, stdout=log, stderr=log))
         order, _ = _asked()
         query = wire.request_record(wire.Request(order, 0))
-        asked = [("train", wire.request_record(wire.Request(order, n, train_model()))) for n in range(1, rounds + 1)]
+        asked = [
+            ("train", wire.request_record(wire.Request(order, n, train_model(_run())))) for n in range(1, rounds + 1)
+        ]
         (link.folder / "toy.pickle").write_bytes(pickle.dumps([("query", query), *asked]))
         lab.wait_for(lambda: ids <= link.online(), 120)
         yield bundle.CONTENT
@@ -139,26 +187,26 @@ def fedscan(lab: ModuleType, link: Any, sites: int, rounds: int) -> Iterator[byt
             agent.kill()
 
 
-def _run() -> RunConfig:
+def _run(network: str = "cnn", size: int = 32) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "demo",
-            "task": {"labels": ["well", "ill"], "image_size": [32, 32]},
-            "model": {"name": "cnn"},
+            "task": {"labels": ["well", "ill"], "image_size": [size, size]},
+            "model": {"name": network},
             "privacy": {"noise_multiplier": 1.0},
             "train": {"rounds": 100, "local_steps": 1, "patients_per_step": "all"},
         }
     )
 
 
-def train_model() -> wire.Arrays:
+def train_model(run: RunConfig) -> wire.Arrays:
     """The run's start weights."""
-    return {name: value.numpy() for name, value in registry.for_run(_run()).module.state_dict().items()}
+    return {name: value.numpy() for name, value in registry.for_run(run).module.state_dict().items()}
 
 
 def _asked() -> tuple[Order, Any]:
     order = Order("demo-1", config.for_sites(_run()))
-    return order, wire.request_record(wire.Request(order, 1, train_model()))
+    return order, wire.request_record(wire.Request(order, 1, train_model(_run())))
 
 
 def _site(folder: Path, name: str) -> Path:
@@ -170,9 +218,29 @@ def _site(folder: Path, name: str) -> Path:
         Image.fromarray(pixels).save(pictures / f"{number}.png")
         rows.append(f"{number}.png,,p{number},{('well', 'ill')[number % 2]},train,,")
     (folder / "cohort.csv").write_text("\n".join(rows) + "\n")
-    allowed = Policy(max_epsilon=1e6, max_delta=1e-2, research_cohort=True)
+    allowed = Policy(max_epsilon=1e6, max_delta=1e-2, research_cohort=True, approval="auto-within-policy")
     source = {"source": TableSource(kind="table", folder=pictures)}
     save_site(Site(name=name, patients_declared=20, source=source, policy=allowed, folder=folder))
+    return folder
+
+
+def _cached_site(folder: Path, patients: int) -> Path:
+    """A site whose patients, each with two radiographs of 1024 x 1024 pixels, are in its encrypted cache."""
+    key, policy = (
+        keys.SiteKey(bytes(32), bytes(32)),
+        Policy(max_epsilon=1e6, max_delta=1e-2, research_cohort=True, approval="auto-within-policy"),
+    )
+    source = {"source": Folder(kind="folder", folder=folder / "pacs")}
+    site = Site(name="north", patients_declared=patients, source=source, policy=policy, folder=folder)
+    save_site(site)
+    keys.put(folder, site.key, key, "bench")
+    for number in range(patients):
+        images = []
+        for view in range(2):
+            pixels = np.random.default_rng(2 * number + view).integers(0, 4096, (1, 1024, 1024), np.uint16)
+            entry = cache.Entry(str(view), "s", ("well", "ill")[number % 2], "train", "", None, {}, "")
+            images.append((entry, Volume(pixels, "DX", windows=(Window(2048, 4096),))))
+        cache.write_patient(site.cache, key, f"{number:032x}", images)
     return folder
 
 

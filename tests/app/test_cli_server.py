@@ -141,7 +141,7 @@ def test_nothing_heavy_is_loaded_to_look_after_people(made):
     assert done.stdout.endswith("set()\n"), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 def test_start_runs_until_it_is_told_to_stop(made, tmp_path):
     """All three processes, as a person starts them; a killed SuperLink comes back; SIGTERM leaves nothing."""
     pytest.importorskip("fedscan_server.edge")

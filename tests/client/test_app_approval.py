@@ -1,6 +1,7 @@
 """A person's approval as the server meets it: pending, approved, refused, revoked in the middle of a round."""
 
 import dataclasses
+import stat
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_after_a_revocation_nothing_more_leaves(here, run, order):
     assert ask(here, "evaluate", order, model=model) == FAILED
     assert ask(here, "query", order) == Reply("north", "refused", "this site withdrew from the run: stop")
     assert len(events(here, "release")) == 1 and runs_charged(here) == ["run-1"]  # what was charged stays charged
+
+
+def test_while_it_is_paused_nothing_made_of_data_leaves(here, run, order):
+    """`pause` returns before the node has ended: a training that was under way must not get out."""
+    ask(here, "query", order)
+    approvals.approve(here, "run-1", "A. Meier")
+    ask(here, "query", order)
+    (here.folder / site.PAUSED).touch()
+    assert ask(here, "train", order, round_=1, model=weights(run)) == FAILED and not events(here, "release")
+    (here.folder / site.PAUSED).unlink()
+    assert ask(here, "train", order, round_=1, model=weights(run)).status == "ok"  # kept, charged once, now let out
+
+
+def test_the_server_writes_no_lines_into_the_site_s_log(here, order):
+    grid = InlineGrid(app.make_app(lambda context: here), 1)
+    record = wire.request_record(Request(order, 1))
+    record["x\n2026-01-01T00:00:00+00:00 all is well\x1b[2J" + "y" * 9999] = record["run"]
+    (reply,) = grid.send_and_receive([Message(record, next(iter(grid.get_node_ids())), "train")])
+    assert wire.read_reply(reply.content).status == "failed"
+    path = here.folder / "site.log"
+    (line,) = path.read_text().splitlines()
+    assert "unknown records" in line and line.isprintable() and len(line) < 2100
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("private", [True, False])

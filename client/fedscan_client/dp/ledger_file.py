@@ -4,7 +4,7 @@
                       the other columns are computed from it by SQLite. Triggers refuse UPDATE, DELETE and any row that
                       does not follow from the last one. migrations: how the tables came about
     ledger.counter    sequence number and hash of the last row that was acted on; may lie on another disk
-    ledger.lock       held by an agent for its life
+    ledger.lock       held by an agent while it works on a request
 
 Order of writes: the row is committed (write-ahead log, synchronous FULL: fsync), then the counter is replaced, and only
 then does the call return. A crash in between leaves the ledger ahead of the counter, which is harmless. A counter ahead

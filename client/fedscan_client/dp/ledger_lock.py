@@ -1,8 +1,9 @@
 """One agent for each ledger: a file lock that dies with its process.
 
-A deployed agent takes the ledger for its life (`hold`); a second one is refused. Simulation does not: one process plays
-many sites, and Ray's actors open the same site's ledger one after another. Whoever does not hold a ledger borrows it
-for one transaction, together with others of its kind (SQLite lets them in one by one), and is refused while it is held.
+A deployed agent takes the ledger while it works on a request (`hold`, `release`); a second one is refused meanwhile.
+Simulation does not: one process plays many sites, and Ray's actors open the same site's ledger one after another.
+Whoever does not hold a ledger borrows it for one transaction, together with others of its kind (SQLite lets them in one
+by one), and is refused while it is held.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _held: dict[Path, int] = {}  # by this process, with the lock's descriptor
 
 
 def hold(ledger: Path) -> None:
-    """Takes the ledger until this process ends, however it ends. A second call of the same process does nothing.
+    """Takes the ledger until `release`, or until this process ends, however it ends. A second call does nothing.
 
     Raises:
         FolderError: another process holds it.
@@ -36,6 +37,14 @@ def hold(ledger: Path) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     _held[path] = descriptor
+
+
+def release() -> None:
+    """Gives back whatever this process holds."""
+    while _held:
+        _, descriptor = _held.popitem()
+        os.ftruncate(descriptor, 0)  # it names nobody
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ per network. The reason comes from the same public things; no patient's image or
 import copy
 import logging
 import math
-import pickle
 from collections.abc import Iterable
 
 import torch
@@ -52,20 +51,6 @@ def plan_for(module: nn.Module, loss_rows: LossRows, x_B: Tensor, y_B: Tensor, s
             _PLANS[key] = None
             _say(module, f"{type(error).__name__} in the trial on random images: {error}")
     return _PLANS[key]
-
-
-def kept() -> bytes:
-    """This process's plans, for a later process on this machine: making them again takes seconds for each network.
-
-    They are of public things, but which size classes there are is the site's own: they do not leave it.
-    """
-    return pickle.dumps(_PLANS)
-
-
-def take(plans: bytes) -> None:
-    """Adds plans that `kept` gave in another process of this machine. They are trusted: b"" or our own bytes."""
-    if plans:
-        _PLANS.update(pickle.loads(plans))
 
 
 def reasons() -> list[str]:

@@ -1,10 +1,11 @@
-"""Takes tasks from the SuperNode on this machine, one at a time, and runs each in a process of its own.
+"""Takes tasks from the SuperNode on this machine, one at a time: each in a process of its own, all with one worker.
 
 In place of `flower-superexec`, which starts whatever command a task's type names with the task's token on its command
 line. Here a task is forked from a process that has already imported torch and the ClientApp (multiprocessing's
 forkserver; it never touches CUDA), so it starts in milliseconds, and its token travels through a pipe.
 
-The next task is taken when the one before has ended: the ledger's lock is a task's, and this process never holds it.
+The next task is taken when the one before has ended, so that one task at a time uses the worker (`worker.py`). One that
+has died is replaced before the next task; one that nobody needed for some minutes is ended.
 
     python -P -s -m fedscan_client.node.executor SITE_DIR HOST:PORT SECRET_FILE
 """
@@ -13,13 +14,14 @@ import multiprocessing
 import signal
 import sys
 import threading
-from multiprocessing.connection import Connection
+import time
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedscan_client.node import flower
+from fedscan_core import loopback
 
 POLL_SECONDS = 0.25  # on this machine; the SuperNode asks the server every three seconds
 WAIT_SECONDS = 1.0  # while the SuperNode does not answer
@@ -85,46 +87,49 @@ def serve(client: Client, site: Path, address: str, stop: threading.Event) -> No
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
 
-    from fedscan_client.node import task
+    from fedscan_client.node import task, worker
 
     context = warm()
     request = AcquireTaskRequest(supported_task_types=[kind.value for kind in TaskType])
     child: BaseProcess | None = None
-    back: Connection | None = None
-    plans = b""  # plans of earlier tasks, unread here: see `dp.plans.kept`
+    work: worker.Worker | None = None
     try:
         while not stop.is_set():
             if child is not None:
-                plans = _received(back) or plans
                 child.join(POLL_SECONDS)
                 if child.exitcode is None:
                     continue
+                if child.exitcode != 0 and work is not None:
+                    # Nobody works for a task that is gone, and no later task may hear the answer.
+                    work.end()
+                    work = None
                 child.close()
                 child = None
+            if loopback.foreign(int(address.rpartition(":")[2])):  # of another account, in the SuperNode's place
+                stop.wait(WAIT_SECONDS)
+                continue
             try:
                 answer = client.AcquireTask(request)
             except httpx.HTTPError as error:
                 print(f"executor: the SuperNode does not answer ({type(error).__name__})", file=sys.stderr)
                 stop.wait(WAIT_SECONDS)
                 continue
-            if not (answer.HasField("task") and answer.token):
+            asked = answer.HasField("task") and bool(answer.token)
+            if work is not None and (work.gone() or (not asked and work.idle())):
+                work.end()
+                work = None
+            if not asked:
                 stop.wait(POLL_SECONDS)
                 continue
-            back, there = context.Pipe(duplex=False)
-            what = (answer.token, answer.task.type, address, str(site), plans, there)
+            work = work or worker.start(context)
+            work.used = time.monotonic()
+            what = (answer.token, answer.task.type, address, str(site), work.pipe)
             child = context.Process(target=task.main, args=what)
             child.start()
-            there.close()
     finally:
         _end(child)
-
-
-def _received(back: Connection | None) -> bytes:
-    """What a task sent, or b""."""
-    try:
-        return back.recv_bytes() if back is not None and back.poll() else b""
-    except (EOFError, OSError):  # it has ended, or died while it wrote
-        return b""
+        if work is not None:
+            work.end()
 
 
 def _end(child: BaseProcess | None) -> None:

@@ -25,6 +25,7 @@ from fedscan_client import connection as connections
 from fedscan_client import site as sites
 from fedscan_client.audit import log, syslog
 from fedscan_client.connection import Connection
+from fedscan_client.enrol import RETIRED
 from fedscan_client.node import flower, publish
 from fedscan_client.site import Site
 from fedscan_core import node_key, supervise
@@ -32,7 +33,7 @@ from fedscan_core.errors import FolderError
 from fedscan_core.files import write_atomic
 from fedscan_core.supervise import Child
 
-FOLDER, PAUSED = "agent", "paused"
+FOLDER, PAUSED = "agent", sites.PAUSED
 _LOOK_SECONDS = 0.5  # how soon a pause is noticed
 
 Tell = Callable[[str], None]
@@ -59,9 +60,13 @@ def start(
         ConfigError: no site.toml, or the site is not enrolled.
         SiteKeyError: no usable node key.
         MissingExtra: another version of Flower than the one this was written for.
-        FolderError: another agent serves this site, or the folder cannot be written.
+        FolderError: the site was retired, another agent serves it, or the folder cannot be written.
     """
     here = sites.load(folder.absolute())
+    if (here.folder / RETIRED).exists():
+        raise FolderError(
+            f"{here.folder} was retired.", remedy="A new site gets a folder and a name of its own: fedscan agent enrol"
+        )
     connection = connections.load(here.folder)
     node_key.load(here.folder / connections.NODE_KEY)
     flower.check()

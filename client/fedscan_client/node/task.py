@@ -1,30 +1,25 @@
-"""One task: pull it, guard it, run the installed ClientApp on it in a child, send the reply.
+"""One task: pull it, guard it, have the worker run the installed ClientApp on it, send the reply.
 
 In place of `flwr-clientapp`, which unpacks the server's bundle, puts its folder first on Python's path and imports from
 it (`run_clientapp.py` of Flower 1.41.0). Here nothing of a bundle is ever written or imported: see `inspect.py`.
 
-This process speaks with the SuperNode and does no work. The work is done in a child, which may run out of memory or be
-killed; whatever befalls it, the server is told `failed`, the same as for any other failure.
+This process speaks with the SuperNode and does no work. The work is done by `worker.py`, which may run out of memory or
+be killed; whatever befalls it, the server is told `failed`, the same as for any other failure.
 """
 
-import ctypes
 import os
-import pickle
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 
 from fedscan_client import site as sites
 from fedscan_client.audit import log
-from fedscan_client.dp import plans
-from fedscan_client.node import inspect
+from fedscan_client.node import inspect, worker
 from fedscan_client.node.inspect import Refused
 from fedscan_core import wire
 from fedscan_core.wire import Reply
@@ -32,10 +27,8 @@ from fedscan_core.wire import Reply
 SITE_KEY = "fedscan-site"  # node_config: the site's folder, as `fedscan_client.app` reads it
 _REFUSED_CODE = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION: an answer, not a lost node
 
-App = Callable[[Message, Context], Message]
 
-
-def main(token: str, kind: str, address: str, site: str, known: bytes, back: Connection) -> None:
+def main(token: str, kind: str, address: str, site: str, work: Connection) -> None:
     """Runs one task to its end; the process should end with it.
 
     Without a reply the SuperNode waits until the task's token expires (60 s) and then answers for it, so whatever fails
@@ -46,8 +39,7 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
         kind: the task's type.
         address: HOST:PORT of the SuperNode on this machine.
         site: the site's folder.
-        known: the plans of earlier tasks (`dp.plans.kept`), so that they are not made again; b"" at first.
-        back: takes the plans that there are after this task.
+        work: the worker's pipe; no other task uses it before this one has ended.
     """
     from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
@@ -56,7 +48,7 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-    _die_with(os.getppid())
+    worker.die_with(os.getppid())
     began = time.monotonic()
     version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     interceptors: list[ProtobufClientInterceptor] = [version, RuntimeTokenHttpInterceptor(token)]
@@ -78,8 +70,7 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
     else:
         del fab
         context.node_config = {SITE_KEY: site}
-        reply, known = answer(_installed, message, context, folder, known)
-        back.send_bytes(known)
+        reply = answer(work, message, context, folder)
     worked = time.monotonic()
     push_message(client, reply, context)
     push_task_output(client, None, "completed", "")  # without a context: nothing of a run is kept outside the site
@@ -90,43 +81,20 @@ def main(token: str, kind: str, address: str, site: str, known: bytes, back: Con
     print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S} task: {message.metadata.message_type} {told}", file=sys.stderr)
 
 
-def answer(app: App, message: Message, context: Context, site: Path, known: bytes = b"") -> tuple[Message, bytes]:
-    """The app's reply, made in a child process that has ended when this returns; or the constant `failed`.
-
-    With it the plans that the child had at its end, see `dp.plans.kept`.
+def answer(work: Connection, message: Message, context: Context, site: Path) -> Message:
+    """The app's reply, made by the worker, or the constant `failed` where that has ended without one.
 
     Args:
-        app: the ClientApp.
+        work: the worker's pipe.
         message: what the server asks.
         context: with the site's folder in node_config.
         site: that folder.
-        known: the plans of earlier tasks.
     """
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _work(app, message, context, known, writing, parent)
-    os.close(writing)
-    try:
-        with os.fdopen(reading, "rb") as file:
-            data = file.read()
-    finally:
-        # The reply is whole, or there is none: the child has nothing left to do. It ends before the next task may
-        # begin, because it holds the ledger's lock.
-        _, status = os.waitpid(child, 0)
-    if status == 0:
-        try:
-            content, known_now = pickle.loads(data)  # from our own child
-            if isinstance(content, RecordDict):
-                return Message(content, reply_to=message), known_now
-        except Exception:
-            traceback.print_exc()
-    print(f"task: the work ended with status {status}; the server hears 'failed'", file=sys.stderr)
-    return Message(wire.reply_record(failed(site)), reply_to=message), known
+    content = worker.ask(work, message, context)
+    if content is None:
+        print("task: the worker ended without an answer; the server hears 'failed'", file=sys.stderr)
+        content = wire.reply_record(failed(site))
+    return Message(content, reply_to=message)
 
 
 def failed(site: Path) -> Reply:
@@ -139,47 +107,3 @@ def failed(site: Path) -> Reply:
     except Exception:
         traceback.print_exc()  # to the site's own log
     return Reply(name, "failed", anchor=anchor)
-
-
-def _installed(message: Message, context: Context) -> Message:
-    from fedscan_client.app import app
-
-    return app(message, context)
-
-
-def _work(app: App, message: Message, context: Context, known: bytes, writing: int, parent: int) -> None:
-    """In the child. Nothing returns from here, and no handler or exit hook of the parent's runs."""
-    status = 1
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        _die_with(parent)
-        _first_to_go()
-        plans.take(known)
-        reply = app(message, context)
-        data = pickle.dumps((reply.content, plans.kept()), protocol=pickle.HIGHEST_PROTOCOL)
-        with os.fdopen(writing, "wb") as file:
-            file.write(data)
-        status = 0
-    except BaseException:
-        traceback.print_exc()  # to the site's own log
-    finally:
-        os._exit(status)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with(parent: int) -> None:
-    """This process is killed when its parent ends (Linux: PR_SET_PDEATHSIG)."""
-    _LIBC.prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)
-
-
-def _first_to_go() -> None:
-    """When memory runs out the kernel takes the work, and not the process that can still answer for it."""
-    try:
-        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
-    except OSError:
-        return

@@ -54,7 +54,12 @@ def test_every_record_has_another_anchor_which_is_no_line_of_the_file_and_anothe
 def test_records_that_belong_together_are_one_write_and_one_fsync(tmp_path, monkeypatch):
     log.append(tmp_path, "start")
     synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), real(descriptor))[1])
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     log.append_all(tmp_path, [("release", {"run_id": "r"}), ("answer", {"status": "ok"})])
     assert len(synced) == 1 and events(tmp_path) == ["begin", "start", "release", "answer"]
 

@@ -13,8 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedscan_client import keys
+from fedscan_client.intake import cache
+from fedscan_client.intake.records import Volume, Window
+from fedscan_client.intake.sources.settings import Folder
+from fedscan_client.site import Site, save
 from fedscan_core import bundle
 
 HERE = Path(__file__).resolve().parent
@@ -123,7 +129,7 @@ class Node:
         return whole.content
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def node() -> Iterator[Node]:
     """A SuperNode's inside with its local API on loopback, changed as `supernode.py` changes it."""
     import uvicorn
@@ -163,14 +169,14 @@ def node() -> Iterator[Node]:
         monkeypatch.undo()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def executor(node: Node, make_site: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Our executor as a process of its own, serving a small site: the site's folder."""
+    """Our executor as a process of its own, serving a small site whose cohort is in the cache: the site's folder."""
     import subprocess
 
     from fedscan_client.node import flower
 
-    site = make_site(tmp_path_factory.mktemp("site") / "north").folder
+    site = fill(make_site(tmp_path_factory.mktemp("site") / "north", rows=[])).folder
     home = site / "flower"
     home.mkdir()
     (site / "secret").write_bytes(SECRET)
@@ -186,3 +192,32 @@ def executor(node: Node, make_site: Callable[..., Any], tmp_path_factory: pytest
             process.wait(10)
         process.kill()
         process.wait()
+
+
+KEY = keys.SiteKey(bytes(range(32)), bytes(range(32, 64)))
+
+
+def fill(site: Site) -> Site:
+    """The site with eight patients in its cache in place of the table, all for training."""
+    source = {"source": Folder(kind="folder", folder=site.folder / "pacs")}
+    site = site.model_copy(update={"source": source})
+    save(site)
+    keys.put(site.folder, site.key, KEY, "test")
+    for number in range(8):
+        take_in(site.folder, number)
+    return site
+
+
+def take_in(folder: Path, number: int) -> str:
+    """Takes in one more patient, with pixels from `number`: the pseudonym."""
+    values = np.random.default_rng(number).integers(0, 256, (1, 16, 16), np.uint8)
+    entry = cache.Entry("0", "s", ("well", "ill")[number % 2], "train", "", None, {}, "")
+    name = f"{number:032x}"
+    cache.write_patient(folder / "cache", KEY, name, [(entry, Volume(values, "DX", windows=(Window(128, 256),)))])
+    return name
+
+
+@pytest.fixture(scope="session")
+def one_more() -> Callable[[Path, int], str]:
+    """See `take_in`."""
+    return take_in

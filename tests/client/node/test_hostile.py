@@ -49,7 +49,7 @@ def symlink() -> bytes:
 
 
 def bomb() -> bytes:
-    return zipped([("pyproject.toml", b"#" * 200_000_000), (".info/CONTENT", b"")], zipfile.ZIP_DEFLATED)
+    return zipped([("pyproject.toml", b"#" * 20_000_000), (".info/CONTENT", b"")], zipfile.ZIP_DEFLATED)
 
 
 BUNDLES: dict[str, Callable[[], bytes]] = {

@@ -151,6 +151,14 @@ def test_what_is_missing_is_said(site, what):
     assert caught.value.remedy and status.running(site) is None and not (site / "agent" / "secret").exists()
 
 
+def test_a_retired_site_does_not_start(site):
+    """Not even where an interrupted retirement has left its keys."""
+    (site / "retired").write_text("2026-01-01\n")
+    with pytest.raises(FolderError, match="was retired") as caught:
+        start.start(site, threading.Event(), print)
+    assert "enrol" in caught.value.remedy and not (site / "agent").exists()
+
+
 def test_the_children(site):
     from fedscan_client import site as sites
 
