@@ -105,7 +105,7 @@ def _doors(policy: Policy, run: RunConfig) -> Iterator[str]:
         yield "this site wants a bound for any weights: privacy.engine = 'bookkeeping' or 'loop'"
 
 
-def _limits(policy: Policy, run: RunConfig, plan: SitePlan) -> Iterator[str]:
+def _limits(policy: Policy, run: RunConfig, plan: SitePlan | None) -> Iterator[str]:
     if run.privacy.enabled and plan is not None:
         allowed = policy.max_epsilon if policy.epsilon_per_year is None else policy.epsilon_per_year
         allowed = min(allowed, policy.max_epsilon)

@@ -88,18 +88,22 @@ def test_a_refusal_is_told_with_its_reason_and_charges_nothing(here, order):
     assert not here.ledger.exists()
 
 
-def test_after_a_revocation_nothing_more_leaves(here, run, order):
+def test_after_a_revocation_nothing_more_leaves_or_is_charged(here, make_run, order):
+    run = make_run(evaluation={"private": True})
+    order = orders.sign(dataclasses.replace(order, config=config.for_sites(run)), KEY)
     ask(here, "query", order)
     approvals.approve(here, "run-1", "A. Meier")
     ask(here, "query", order)
     model = weights(run)
     assert ask(here, "train", order, round_=1, model=model).status == "ok"
     approvals.revoke(here, "run-1", "B. Schmidt", "stop")
+    charged = ledger.summary(here.book)
     for round_ in (1, 2):  # not even the answer that was given before
         assert ask(here, "train", order, round_=round_, model=model) == FAILED
     assert ask(here, "evaluate", order, model=model) == FAILED
     assert ask(here, "query", order) == Reply("north", "refused", "this site withdrew from the run: stop")
     assert len(events(here, "release")) == 1 and runs_charged(here) == ["run-1"]  # what was charged stays charged
+    assert ledger.summary(here.book) == charged  # no round was begun, and none burned
 
 
 def test_while_it_is_paused_nothing_made_of_data_leaves(here, run, order):

@@ -10,7 +10,8 @@ from typing import Any
 
 _BLOCK = 65536
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
 Serve = Callable[[Reader, Writer], Coroutine[Any, Any, None]]
 
 

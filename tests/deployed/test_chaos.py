@@ -44,7 +44,7 @@ class Chaos:
 
     def __init__(self, lab, pause, kinds, seed):
         self.lab, self.pause, self.kinds, self.rng = lab, pause, kinds, random.Random(seed)
-        self.killed, self.over = Counter(), threading.Event()
+        self.killed, self.over = Counter[str](), threading.Event()
         self._thread = threading.Thread(target=self._go)
 
     def __enter__(self):

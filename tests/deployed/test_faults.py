@@ -127,6 +127,7 @@ def test_a_certificate_that_has_expired(lab, tmp_path):
     pki = lab.state / "pki"
     authority = x509.load_pem_x509_certificate((pki / "ca.crt").read_bytes())
     signing = load_pem_private_key((pki / "ca.key").read_bytes(), None)
+    assert isinstance(signing, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     old = (

@@ -92,7 +92,8 @@ def serve(client: Client, site: Path, address: str, stop: threading.Event) -> No
     context = warm()
     request = AcquireTaskRequest(supported_task_types=[kind.value for kind in TaskType])
     child: BaseProcess | None = None
-    work: worker.Worker | None = None
+    # Waits until the warm process is ready: a task that is taken before would lose its token, which lasts a minute.
+    work: worker.Worker | None = worker.start(context)
     try:
         while not stop.is_set():
             if child is not None:

@@ -178,7 +178,7 @@ def watch(boundary: Boundary) -> None:
     for name in _REAL:
         setattr(os, name, around(name))
     for module in _CONNECT:
-        module._connect = functools.partial(connect, module)
+        vars(module)["_connect"] = functools.partial(connect, module)
 
 
 def some_lines_and_a_while(seen: Path, lines: int, seconds: float) -> None:

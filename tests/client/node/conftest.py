@@ -20,7 +20,7 @@ from fedscan_client import keys
 from fedscan_client.intake import cache
 from fedscan_client.intake.records import Volume, Window
 from fedscan_client.intake.sources.settings import Folder
-from fedscan_client.site import Site, save
+from fedscan_client.site import Site, load, save
 from fedscan_core import bundle
 
 HERE = Path(__file__).resolve().parent
@@ -131,6 +131,20 @@ class Node:
 
 @pytest.fixture(scope="session")
 def node() -> Iterator[Node]:
+    """See `serve`; the one that `executor` takes its tasks from."""
+    with serve() as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def lonely_node() -> Iterator[Node]:
+    """See `serve`; nobody takes its tasks."""
+    with serve() as node:
+        yield node
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Node]:
     """A SuperNode's inside with its local API on loopback, changed as `supernode.py` changes it."""
     import uvicorn
     from flwr.supercore.object_store import ObjectStoreFactory
@@ -221,3 +235,9 @@ def take_in(folder: Path, number: int) -> str:
 def one_more() -> Callable[[Path, int], str]:
     """See `take_in`."""
     return take_in
+
+
+@pytest.fixture
+def cached() -> Callable[[Path], Any]:
+    """Gives the site in this folder a cache with eight patients in place of its table; see `fill`."""
+    return lambda folder: fill(load(folder))

@@ -18,7 +18,7 @@ from fedscan_core import bundle, config, node_key, wire
 from fedscan_core.order import Order
 from fedscan_models import registry
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deployed
 
 AGENT = """
 import signal, sys, threading

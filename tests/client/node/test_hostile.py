@@ -3,7 +3,9 @@
 The server is the test; SuperNode, local API, executor and tasks are the real ones.
 """
 
+import hashlib
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -82,16 +84,21 @@ BUNDLES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.fixture(autouse=True)
-def _nothing_written(executor: Path) -> Any:
+def _nothing_written(request: pytest.FixtureRequest) -> Any:
     """No refused task leaves a file of its own, here or in Flower's folder; its code never ran."""
     mark = Path("/tmp/fedscan-pwned")
+    if "executor" not in request.fixturenames:
+        yield
+        assert not mark.exists()
+        return
+    executor = request.getfixturevalue("executor")
     before = {path for path in executor.rglob("*")}
     yield
     assert not mark.exists()
     new = {str(path.relative_to(executor)) for path in executor.rglob("*")} - {
         str(path.relative_to(executor)) for path in before
     }
-    allowed = ("audit", "flower/source", "ledger", "released", "outbox", "site.log", "runs")
+    allowed = ("audit", "flower/source", "ledger", "outbox", "site.log", "runs", "policy.json")
     assert not [name for name in new if not name.startswith(allowed)], new
     assert not (executor / "flower" / "apps").exists()
 
@@ -109,6 +116,17 @@ def fake(node: Any) -> Any:
     return sys.modules[type(node).__module__].FakeServer
 
 
+@pytest.mark.parametrize("shape", BUNDLES)
+def test_the_guard_knows_one_bundle(shape: str) -> None:
+    """Under its own hash and under the known one's."""
+    content = BUNDLES[shape]()
+    for claimed in (bundle.SHA256, hashlib.sha256(content).hexdigest()):
+        with pytest.raises(inspect.Refused, match=re.escape(inspect.FOREIGN_BUNDLE)):
+            inspect.app(content, claimed, bundle.APP_ID, bundle.VERSION)
+    inspect.app(bundle.CONTENT, bundle.SHA256, bundle.APP_ID, bundle.VERSION)
+
+
+@pytest.mark.deployed
 def test_the_known_bundle_runs(node: Any, executor: Path, fake: Any, make_run: Callable[..., Any]) -> None:
     """Otherwise the tests below would pass with an executor that refuses everything."""
     _, content = node.ask(fake(record=record(make_run)), 240)  # the first: torch is being imported
@@ -116,6 +134,7 @@ def test_the_known_bundle_runs(node: Any, executor: Path, fake: Any, make_run: C
     assert (reply.site, reply.status) == ("north", "ok") and reply.plan is not None
 
 
+@pytest.mark.deployed
 @pytest.mark.parametrize("shape", BUNDLES)
 def test_a_foreign_bundle(node: Any, executor: Path, fake: Any, make_run: Callable[..., Any], shape: str) -> None:
     """Each is refused; half of them claim the known bundle's hash."""
@@ -126,7 +145,7 @@ def test_a_foreign_bundle(node: Any, executor: Path, fake: Any, make_run: Callab
     assert reason == inspect.FOREIGN_BUNDLE
 
 
-@pytest.mark.parametrize(
+SAID = pytest.mark.parametrize(
     ("said", "reason"),
     [
         ({"fab_hash": "0" * 64}, inspect.FOREIGN_BUNDLE),
@@ -141,6 +160,21 @@ def test_a_foreign_bundle(node: Any, executor: Path, fake: Any, make_run: Callab
         ({"task_type": "flwr-agentapp"}, inspect.OTHER_TASK),
     ],
 )
+
+
+@SAID
+def test_the_guard_knows_what_a_run_may_be(said: dict[str, Any], reason: str) -> None:
+    told = {"fab_hash": bundle.SHA256, "fab_id": bundle.APP_ID, "fab_version": bundle.VERSION}
+    told |= {"config": {bundle.RUN_KEY: "demo-1"}, "message_type": "train", "task_type": "flwr-clientapp", **said}
+    with pytest.raises(inspect.Refused, match=re.escape(reason)):
+        inspect.task_kind(told["task_type"])
+        inspect.app(bundle.CONTENT, told["fab_hash"], told["fab_id"], told["fab_version"])
+        inspect.run_config(told["config"])
+        inspect.message(told["message_type"])
+
+
+@pytest.mark.deployed
+@SAID
 def test_what_the_server_says_of_the_run(
     node: Any, executor: Path, fake: Any, make_run: Callable[..., Any], said: dict[str, Any], reason: str
 ) -> None:
@@ -148,15 +182,16 @@ def test_what_the_server_says_of_the_run(
     assert told == reason
 
 
+@pytest.mark.deployed
 def test_a_message_that_is_none(node: Any, executor: Path, fake: Any) -> None:
     """Of the right bundle, but the content is not one of ours: the constant `failed`, and no text."""
     from flwr.app import ConfigRecord, RecordDict
 
-    for content in (RecordDict(), RecordDict({"run": ConfigRecord({"protocol": 99, "round": 0, "order": "{}"})})):
-        for kind in ("query", "train", "evaluate"):
-            _, told = node.ask(fake(record=content, message_type=kind))
-            reply = wire.read_reply(told)
-            assert (reply.status, reply.reason, reply.plan, reply.update) == ("failed", "", None, None)
+    other = RecordDict({"run": ConfigRecord({"protocol": 99, "round": 0, "order": "{}"})})
+    for content, kind in ((RecordDict(), "query"), (RecordDict(), "train"), (other, "evaluate")):
+        _, told = node.ask(fake(record=content, message_type=kind))
+        reply = wire.read_reply(told)
+        assert (reply.status, reply.reason, reply.plan, reply.update) == ("failed", "", None, None)
 
 
 def test_reasons_are_short_and_hold_no_data() -> None:
@@ -166,6 +201,7 @@ def test_reasons_are_short_and_hold_no_data() -> None:
         assert len(reason) < 90 and reason.startswith("refused: ") and "/" not in reason
 
 
+@pytest.mark.deployed
 def test_refused_bundles_are_in_the_sites_audit_log(node: Any, executor: Path, fake: Any) -> None:
     from fedscan_client.node import supernode
 
@@ -175,7 +211,7 @@ def test_refused_bundles_are_in_the_sites_audit_log(node: Any, executor: Path, f
     assert inspect.FOREIGN_BUNDLE in told and supernode.foreign(b"evil bytes") in told and "evil bytes" not in told
 
 
-def test_the_local_api_asks_for_the_secret(node: Any) -> None:
+def test_the_local_api_asks_for_the_secret(lonely_node: Any) -> None:
     """A process of this machine without the secret gets no task, and none without a task's token its input."""
     import httpx
     from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
@@ -187,13 +223,13 @@ def test_the_local_api_asks_for_the_secret(node: Any) -> None:
     asked = AcquireTaskRequest(supported_task_types=["flwr-clientapp"])
     version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
     for client in (
-        executors.connect(node.address, b"another secret of another length"),
-        RuntimeHttpClient.from_server_address(node.address, True, None, [version]),
+        executors.connect(lonely_node.address, b"another secret of another length"),
+        RuntimeHttpClient.from_server_address(lonely_node.address, True, None, [version]),
     ):
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             client.AcquireTask(asked)
     stranger = RuntimeHttpClient.from_server_address(
-        node.address, True, None, [version, RuntimeTokenHttpInterceptor("00" * 32)]
+        lonely_node.address, True, None, [version, RuntimeTokenHttpInterceptor("00" * 32)]
     )
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         stranger.PullTaskInput(PullTaskInputRequest())

@@ -16,6 +16,8 @@ from fedscan_core import config, wire
 from fedscan_core.order import Order
 from fedscan_models import registry
 
+pytestmark = pytest.mark.deployed
+
 
 @pytest.fixture
 def ask(node, executor, make_run):
@@ -64,13 +66,13 @@ def test_the_cohort_is_read_once_and_again_when_it_changes(ask, executor, one_mo
         path.rename(away / str(number))
     try:
         assert same(ask(), full) and worker(executor) == pid  # nothing was read
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
         none = ask()
         assert none.status == "ok" and not same(none, full) and worker(executor) != pid
     finally:
         for number, path in enumerate(images):
             (away / str(number)).rename(path)
-    os.kill(worker(executor), signal.SIGKILL)
+    kill(worker(executor))
     assert same(ask(), full)
     pid = worker(executor)
 
@@ -78,7 +80,7 @@ def test_the_cohort_is_read_once_and_again_when_it_changes(ask, executor, one_mo
     fewer = ask()
     more_than_that = one_more(executor, 41) and ask()
     assert worker(executor) == pid and not same(fewer, full) and not same(more_than_that, fewer)
-    os.kill(pid, signal.SIGKILL)
+    kill(pid)
     assert same(ask(), more_than_that)  # as a process that has never seen the others
 
 
@@ -125,6 +127,12 @@ def test_nobody_works_for_a_task_that_was_killed(ask, executor, stopped):
     os.kill(task, signal.SIGKILL)
     within(lambda: not alive(stopped))
     assert ask("query", round_=0).status == "ok" and worker(executor) != stopped
+
+
+def kill(pid):
+    """Kills a process and waits until it is gone: a busy machine takes its time."""
+    os.kill(pid, signal.SIGKILL)
+    within(lambda: not alive(pid))
 
 
 def within(condition, seconds=60):

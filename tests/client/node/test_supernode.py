@@ -10,9 +10,9 @@ from fedscan_core import bundle
 
 
 @pytest.fixture(scope="module")
-def fake(node):
+def fake(lonely_node):
     """The class FakeServer of conftest.py."""
-    return sys.modules[type(node).__module__].FakeServer
+    return sys.modules[type(lonely_node).__module__].FakeServer
 
 
 class Run:
@@ -28,25 +28,27 @@ def test_the_known_bundle_has_one_key_of_configuration():
 
 
 @pytest.mark.parametrize(("content", "claimed"), [(b"PK", bundle.SHA256), (b"PK", "x"), (bundle.CONTENT, "x")])
-def test_a_foreign_bundle_is_a_name_and_no_bytes(node, content, claimed):
+def test_a_foreign_bundle_is_a_name_and_no_bytes(lonely_node, content, claimed):
     from flwr.supercore.fab import Fab
 
     run = Run(claimed)
     assert supernode.configuration(content, run) == {}
     assert run.fab_hash == supernode.foreign(content) and run.fab_hash not in (claimed, bundle.SHA256)
-    node.state.store_fab(Fab(claimed, content, {"valid_license": "x"}))
-    kept = node.state.get_fab(run.fab_hash)
+    lonely_node.state.store_fab(Fab(claimed, content, {"valid_license": "x"}))
+    kept = lonely_node.state.get_fab(run.fab_hash)
     assert (kept.content, kept.hash_str, kept.verifications) == (b"", run.fab_hash, {})
-    known = node.state.get_fab(bundle.SHA256)
+    known = lonely_node.state.get_fab(bundle.SHA256)
     assert known is None or known.content == bundle.CONTENT  # never another's bytes under its hash
 
 
-def test_a_task_that_dies_before_it_fetched_its_message_is_answered_for(node, fake):
+def test_a_task_that_dies_before_it_fetched_its_message_is_answered_for(lonely_node, fake):
     """Stock Flower waits for ever for that answer."""
-    run_id = node.pull(fake())
-    (task,) = [one for one in node.state.get_tasks() if one.run_id == run_id]
-    assert node.state.claim_task(task.task_id) and node.state.activate_task(task.task_id)  # it has asked for its input
-    assert not node.state.get_messages_legacy(run_ids=[run_id], is_reply=True)
-    node.state.task_token_store[task.task_id].active_until -= timedelta(hours=1)
-    _, reason = node.reply(run_id, 5)
+    run_id = lonely_node.pull(fake())
+    (task,) = [one for one in lonely_node.state.get_tasks() if one.run_id == run_id]
+    assert lonely_node.state.claim_task(task.task_id) and lonely_node.state.activate_task(
+        task.task_id
+    )  # it has asked for its input
+    assert not lonely_node.state.get_messages_legacy(run_ids=[run_id], is_reply=True)
+    lonely_node.state.task_token_store[task.task_id].active_until -= timedelta(hours=1)
+    _, reason = lonely_node.reply(run_id, 5)
     assert reason == "ClientApp stopped responding."

@@ -14,7 +14,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedscan_client import cohort
+from fedscan_client import site as sites
 from fedscan_client.dp import ledger_lock
+from fedscan_client.intake import cache
 from fedscan_client.node import task, worker
 from fedscan_core import wire
 from fedscan_core.errors import FolderError
@@ -167,6 +170,29 @@ def test_a_worker_that_answered_failed_ends(ask):
 def test_a_site_that_cannot_be_read_has_no_name(ask, tmp_path):
     reply = ask(_raises, tmp_path)
     assert wire.read_reply(reply.content) == wire.Reply("unknown", "failed")
+
+
+def test_the_cohort_stays_in_memory_until_it_changes(ask, site, cached, one_more, make_run):
+    """Withdrawn or taken in: it counts from the next request on."""
+    loads = []
+    real = cohort._load
+
+    def app(message, context):
+        cohort._load = lambda *args: loads.append(1) or real(*args)
+        ids = cohort.load_patients(sites.load(site), make_run(), "train").ids
+        cohort._load = real
+        told = f"{len(loads)} " + " ".join(str(int(name, 16)) for name in ids)
+        return Message(wire.reply_record(wire.Reply("north", "refused", told)), reply_to=message)
+
+    def told():
+        return wire.read_reply(ask(app).content).reason
+
+    cached(site)
+    assert [told(), told()] == ["1 0 1 2 3 4 5 6 7"] * 2
+    cache.destroy_patient(site / "cache", f"{3:032x}")
+    assert [told(), told()] == ["2 0 1 2 4 5 6 7"] * 2
+    one_more(site, 9)
+    assert [told(), told()] == ["3 0 1 2 4 5 6 7 9"] * 2
 
 
 @pytest.mark.parametrize("ends", [plain, _raises_after])

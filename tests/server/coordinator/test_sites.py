@@ -180,10 +180,10 @@ def test_nobody_at_a_site_can_push_its_old_anchors_out(bare, site_key, monkeypat
     """Who rewrites the log with its key, and then sends many anchors, is still found: the first of each day stays."""
     enrol(bare, "a", site_key())
     for day in ("2026-01-01", "2026-01-02"):
-        monkeypatch.setattr(sites.registry, "utc", lambda day=day: f"{day}T08:00:00+00:00")
+        monkeypatch.setattr(registry, "utc", lambda day=day: f"{day}T08:00:00+00:00")
         sites.add_anchor(bare, "a", "", 0, f"{day:>064}")
         sites.add_anchor(bare, "a", "", 0, "e" * 64)
-    monkeypatch.setattr(sites.registry, "utc", lambda: "2026-01-03T08:00:00+00:00")
+    monkeypatch.setattr(registry, "utc", lambda: "2026-01-03T08:00:00+00:00")
     monkeypatch.setattr(sites, "_ANCHORS", 150)
     for number in range(320):
         sites.add_anchor(bare, "a", "", 0, f"{number:064x}")

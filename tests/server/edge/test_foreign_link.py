@@ -11,7 +11,12 @@ from fedscan_server.coordinator import control
 def test_it_is_told_nothing(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     site = live.site()
     asked: list[int] = []
-    monkeypatch.setattr(loopback, "foreign", lambda port: asked.append(port) is None)
+
+    def foreign(port: int) -> bool:
+        asked.append(port)
+        return True
+
+    monkeypatch.setattr(loopback, "foreign", foreign)
     assert site.fleet("/v1/fleet/push-object", b"an update").status_code == 502 and not live.link.got
     with pytest.raises(ConfigError, match="Another account"), control._client(live.c):
         pass
