@@ -98,7 +98,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
     if done.ca_fingerprint:
         print(f"\nCompare by telephone with {there.coordinator} before the first run; SHA-256 of its authority:")
         print(spelled(done.ca_fingerprint))
-    print(f"\nNext: fill in {folder / 'site.toml'}, then: fedscan agent check {folder}")
+    print(f"\nNext: fill in {folder / 'site.toml'}, then: fedscan agent ingest {folder}; fedscan agent check {folder}")
     return 0
 
 

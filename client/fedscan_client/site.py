@@ -192,6 +192,10 @@ def load(folder: Path) -> Site:
     except ValidationError as error:
         item = error.errors()[0]
         key = ".".join(map(str, item["loc"]))
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise ConfigError(
+                f"{path}: unknown key '{key}'.", remedy="Correct its name: client/deploy/site.toml has every key."
+            ) from None
         raise ConfigError(f"{path}: '{key}': {item['msg']}.", remedy="Correct that key.") from None
 
 

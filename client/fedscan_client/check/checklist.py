@@ -24,7 +24,9 @@ def findings(folder: Path) -> Iterator[Finding]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder.", remedy="Give the site's folder, which holds site.toml.")
-    if not any((folder / name).exists() for name in (site.FILE, connections.FILE, site.RETIRED)):
+    if not any(
+        (folder / name).exists() for name in (site.FILE, connections.FILE, connections.NODE_KEY, "audit", site.RETIRED)
+    ):
         raise ConfigError(
             f"{folder} is no site's folder: it holds no {site.FILE}.",
             remedy="Give the folder that enrol made; a new one: fedscan agent enrol INVITE.toml",
