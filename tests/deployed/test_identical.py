@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from safetensors.numpy import load_file
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
@@ -41,6 +43,10 @@ def same(federation):
     lab.fedscan("simulate", run, "--set", "privacy.enabled=false", "--out", simulated)
     for name in NAMES:
         shutil.copytree(simulated / "sites" / name, lab.site(name))
+        settings = lab.site(name) / "site.toml"  # its register lay relative to where it was
+        tree = tomllib.loads(settings.read_text())
+        tree["consent"]["path"] = str(simulated / "hospitals" / name / "consent.csv")
+        settings.write_text(tomli_w.dumps(tree))
         lab.enrol(name)
         lab.start_agent(name)
     lab.await_online(*NAMES)
