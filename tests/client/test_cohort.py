@@ -160,6 +160,33 @@ def test_a_cohort_is_read_once_until_forgotten(make_site, make_run, tmp_path):
     assert load_patients(site, make_run(), "train") is not first
 
 
+def test_a_table_that_changes_is_read_again(make_site, make_run, tmp_path):
+    """Rows that are gone, and pictures that are others or gone: one process serves many rounds."""
+    site = make_site(tmp_path)
+    first = load_patients(site, make_run(), "train")
+    pictures_ = sorted((tmp_path / "pictures").iterdir())
+    pictures_[-1].write_bytes(pictures_[0].read_bytes() + b"\0")  # of a test patient, but it counts
+    again = load_patients(site, make_run(), "train")
+    assert again is not first and again.ids == first.ids
+    pictures_[0].unlink()
+    assert len(load_patients(site, make_run(), "train").left_out) == 1
+    lines = (tmp_path / TABLE).read_text().splitlines(keepends=True)
+    (tmp_path / TABLE).write_text("".join([lines[0], *lines[4:]]))
+    fewer = load_patients(site, make_run(), "train")
+    assert set(fewer.ids) < set(first.ids) and load_patients(site, make_run(), "train") is fewer
+
+
+def test_of_a_site_the_newest_few_stay_in_memory(make_site, make_run, tmp_path):
+    here, there = make_site(tmp_path / "a"), make_site(tmp_path / "b", name="south")
+    runs = [make_run(task={"labels": ["well", "ill"], "image_size": [size, size]}) for size in (16, 24, 32, 40)]
+    kept = [load_patients(here, run, "train") for run in runs]
+    other = load_patients(there, runs[0], "train")
+    assert load_patients(here, runs[0], "train") is kept[0]  # used now: the newest
+    load_patients(here, runs[0], "test")
+    assert load_patients(here, runs[0], "train") is kept[0] and load_patients(here, runs[3], "train") is kept[3]
+    assert load_patients(here, runs[1], "train") is not kept[1] and load_patients(there, runs[0], "train") is other
+
+
 def test_split_is_a_keyed_hash_fixed_for_ever():
     key = bytes(range(32))
     assert [split_of(key, f"patient-{n}") for n in range(12)] == PINNED

@@ -1,6 +1,5 @@
 """Two agents on one ledger: the second is refused, and only as long as the first one lives."""
 
-import os
 import subprocess
 import sys
 import time
@@ -63,6 +62,13 @@ def test_a_second_agent_is_refused_until_the_first_is_gone_however_it_ends(book,
     assert reserve(book, "a", 3, **ASKED) == "new"
 
 
+def borrows_elsewhere(book):
+    """The exit code of another process that borrows the ledger."""
+    code = "import sys\nfrom pathlib import Path\nfrom fedscan_client.dp import ledger_lock\n"
+    code += "with ledger_lock.borrow(Path(sys.argv[1])): pass"
+    return subprocess.run([sys.executable, "-c", code, str(book.ledger)], stderr=subprocess.DEVNULL).returncode
+
+
 def test_whoever_holds_it_goes_on_working_and_waits_for_a_borrower(book):
     script = "import time\nfrom pathlib import Path\nfrom fedscan_client.dp import ledger_lock\n" + (
         f"with ledger_lock.borrow(Path({str(book.ledger)!r})):\n    print('at work', flush=True); time.sleep(0.3)"
@@ -75,5 +81,8 @@ def test_whoever_holds_it_goes_on_working_and_waits_for_a_borrower(book):
     try:
         ledger_lock.hold(book.ledger)  # of the same process: nothing happens
         assert reserve(book, "a", 3, **ASKED) == "new"
+        assert borrows_elsewhere(book) != 0
     finally:
-        os.close(ledger_lock._held.pop(book.ledger.with_suffix(".lock")))
+        ledger_lock.release()
+    assert borrows_elsewhere(book) == 0  # free for others, and named to nobody
+    assert book.ledger.with_suffix(".lock").read_bytes() == b""
