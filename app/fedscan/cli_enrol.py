@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,7 @@ def add(agent: "argparse._SubParsersAction[Any]") -> None:
 
 def _enrol(arguments: argparse.Namespace) -> int:
     from fedscan_client import enrol
+    from fedscan_core.invite import spelled
 
     done = enrol.enrol(arguments.invite, arguments.site)
     if arguments.json:
@@ -87,15 +90,15 @@ def _enrol(arguments: argparse.Namespace) -> int:
         print(f"  made  {line}")
     print(f"\nWhat {there.coordinator} knows of this site, and nothing else:")
     for name, text in _known(done.known):
-        print(f"  {name:<17} {text}")
+        print(textwrap.fill(f"  {name:<17} {text}", 80, subsequent_indent=" " * 20, break_on_hyphens=False))
     if done.launchers:
         print("\nWho may launch there. Named in [policy.launchers] of site.toml, only their signed orders count here:")
         for name, key in done.launchers.items():
             print(f'  {name} = "{key}"')
     if done.ca_fingerprint:
         print(f"\nCompare by telephone with {there.coordinator} before the first run; SHA-256 of its authority:")
-        print(f"  {done.ca_fingerprint}")
-    print(f"\nNext: fill in {folder / 'site.toml'}, then: fedscan agent check {folder}")
+        print(spelled(done.ca_fingerprint))
+    print(f"\nNext: fill in {folder / 'site.toml'}, then: fedscan agent ingest {folder}; fedscan agent check {folder}")
     return 0
 
 
@@ -123,8 +126,6 @@ def _check(arguments: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from fedscan_client.check import checklist
-
     console = Console(highlight=False)
     found: list[Finding] = []
     with contextlib.ExitStack() as waiting:
@@ -132,6 +133,8 @@ def _check(arguments: argparse.Namespace) -> int:
             console.print(f"fedscan agent check {arguments.site.absolute()}   {_here()}", soft_wrap=True)
             if console.is_terminal:
                 waiting.enter_context(console.status("checking"))  # loading PyTorch takes seconds
+        from fedscan_client.check import checklist
+
         for one in checklist.findings(arguments.site):
             found.append(one)
             if not arguments.json:
@@ -159,9 +162,19 @@ def _show(one: "Finding", console: "Console") -> None:
     from rich.markup import escape
 
     star = "*" if one.local else " "
-    console.print(f" {_MARKS[one.state]}{star} {one.topic:<17} {escape(one.says)}", soft_wrap=True)
-    if one.remedy:
-        console.print(f"   {'':<17} -> {escape(one.remedy)}", soft_wrap=True)
+    says, remedy = _hanging(one.says, 22, console), _hanging(one.remedy, 25, console)
+    console.print(f" {_MARKS[one.state]}{star} {one.topic:<17} {escape(says)}", soft_wrap=True)
+    if remedy:
+        console.print(f"   {'':<17}  -> {escape(remedy)}", soft_wrap=True)
+
+
+def _hanging(text: str, indent: int, console: "Console") -> str:
+    """Wrapped for a terminal; one line in a pipe, which whoever searches it wants whole."""
+    if not console.is_terminal:
+        return text
+    width = max(shutil.get_terminal_size().columns - indent, 30)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(lines)
 
 
 def _sum_up(found: list["Finding"], failed: int, folder: Path, console: "Console") -> None:

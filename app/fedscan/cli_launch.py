@@ -24,8 +24,8 @@ _LOGIN = """\
 Exchanges a coordinator's invitation for a login, and makes the key that signs what you launch there. The key stays on
 this machine. Without INVITE it lists where you are logged in.
 
-  fedscan login invite-ada.toml
-  fedscan login invite-ada.toml --profile trial     under a name of your own, where you have several coordinators
+  fedscan login ada.invite.toml
+  fedscan login ada.invite.toml --profile trial     under a name of your own, where you have several coordinators
   fedscan login
 
 Profiles lie in coordinators.toml under $XDG_CONFIG_HOME/fedscan (~/.config/fedscan); its `default` is the one that is

@@ -1,6 +1,7 @@
 """`fedscan agent runs`, `show`, `approve`, `refuse`, `revoke`: which runs asked this site, and what people decide."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -75,18 +76,26 @@ def _runs(arguments: argparse.Namespace) -> int:
     if not found:
         print("No run has asked yet.")
         return 0
+    from rich import box
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("run", overflow="fold"), "state", "launcher", "purpose", "asked (UTC)", "decided")
+    names = (Column("run", overflow="fold", min_width=20), "state", "launcher", "purpose", "asked (UTC)", "decided")
+    table = Table(*names, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for asked in found:
-        decided = f"{asked.by}, {asked.decided[:10]}" if asked.by else ""
-        table.add_row(asked.run_id, asked.state, asked.order.launcher, purpose(asked), asked.came[:16], decided)
+        came = asked.came[:16].replace("T", " ")
+        table.add_row(asked.run_id, asked.state, asked.order.launcher, purpose(asked), came, _decided(asked))
     Console(highlight=False, markup=False).print(table)
     waiting = [asked.run_id for asked in found if asked.state == "pending"]
     if waiting:
         print(f"Waiting for a decision: {len(waiting)}. Next: fedscan agent show {arguments.site} {waiting[0]}")
     return 0
+
+
+def _decided(asked: "Asked") -> str:
+    if asked.by:
+        return f"{asked.by}, {asked.decided[:10]}"
+    return "by the policy" if asked.state == "approved" else ""
 
 
 def _told(asked: "Asked") -> dict[str, Any]:
@@ -100,7 +109,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from fedscan_client.audit import log
 
     here = sites.load(arguments.site)
-    told = asked.facts(here, approvals.get(here, arguments.run))
+    with _busy():
+        told = asked.facts(here, approvals.get(here, arguments.run))
     log.access(here.folder, "a run's order", run_id=told["run_id"])
     if arguments.json:
         print(json.dumps(told, indent=2))
@@ -127,7 +137,10 @@ def _decide(arguments: argparse.Namespace) -> int:
 
     here = sites.load(arguments.site)
     known, by = approvals.get(here, arguments.run), two_people.person(arguments.by)
-    told = asked.facts(here, known) if arguments.decision == "approve" else None  # a "no" needs no description
+    told = None
+    if arguments.decision == "approve":  # a "no" needs no description
+        with _busy():
+            told = asked.facts(here, known)
     if not arguments.yes:
         _ask(f"{arguments.decision} run {known.run_id}", _paragraphs(told) if told else [])
     if arguments.decision == "approve":
@@ -145,6 +158,14 @@ def _decide(arguments: argparse.Namespace) -> int:
     elif after.state == "revoked":
         print("Nothing more of it leaves. What was charged stays charged.")
     return 0
+
+
+def _busy() -> "contextlib.AbstractContextManager[Any]":
+    """Pricing a run loads PyTorch, which takes seconds."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status("reading the run and its price") if console.is_terminal else contextlib.nullcontext()
 
 
 def _ask(what: str, paragraphs: list[str]) -> None:

@@ -157,14 +157,14 @@ def _coordinator(arguments: argparse.Namespace) -> "Coordinator":
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from fedscan_core.invite import ca_fingerprint
+    from fedscan_core.invite import ca_fingerprint, spelled
     from fedscan_server.coordinator import service
 
     if bool(arguments.certificate) != bool(arguments.key) or (arguments.ca and not arguments.key):
         raise ConfigError("Your own certificate needs its key too.", remedy="Give --certificate and --key.")
     c = service.init(
         _folder(arguments),
-        arguments.name or arguments.address.rpartition(":")[0].strip("[]"),
+        arguments.name or (arguments.address.rpartition(":")[0] or arguments.address).strip("[]"),
         arguments.address,
         arguments.bind,
         arguments.superlink_port,
@@ -173,10 +173,11 @@ def _init(arguments: argparse.Namespace) -> int:
     )
     print(f"Made {c.folder}. Back it up: pki and secrets above all.")
     if c.ca_pem:
-        print(f"Fingerprint of its authority:\n  {ca_fingerprint(c.ca_pem)}")
+        print(f"Fingerprint of its authority:\n{spelled(ca_fingerprint(c.ca_pem))}")
     if c.key_file:
         print(f"Runs are encrypted with {c.key_file}. Keep a copy elsewhere: without it they are lost.")
-    print("Next: fedscan server start, and fedscan server invite SITE")
+    where = f" --state {arguments.state}" if arguments.state else ""
+    print(f"Next: fedscan server start{where}    and in a second terminal: fedscan server invite SITE{where}")
     return 0
 
 
@@ -255,9 +256,15 @@ def _hand_out(path: Path, invite: "Invite", command: str) -> None:
     from fedscan_core import invite as invitations
 
     invitations.write(path, invite)
-    print(f"Wrote {path}: it works once, until {invite.expires}. There they run:  {command} {path.name}")
+    print(f"Wrote {path}: it works once, until {_minute(invite.expires)} UTC.")
+    print(f"There they run: {command} {path.name}")
     if invite.ca_fingerprint:
-        print(f"Read this out over the phone:\n  {invite.ca_fingerprint}")
+        print(f"Read this out over the phone:\n{invitations.spelled(invite.ca_fingerprint)}")
+
+
+def _minute(utc: str) -> str:
+    """A UTC time in ISO 8601, to the minute."""
+    return utc[:16].replace("T", " ")
 
 
 def _revoke(arguments: argparse.Namespace) -> int:
@@ -292,16 +299,21 @@ def _sites(arguments: argparse.Namespace) -> int:
     for site in sites.every(c):
         state = "revoked" if site.revoked else "online" if online and site.node_id in online else "offline"
         if online is None and state == "offline":
-            state = "enrolled (coordinator does not run)"
+            state = "enrolled"
         rows.append((site.name, state, site.last_seen, node_key.fingerprint(site.public_key)))
-    rows += [(name, f"invited until {expires}", "", "") for name, expires in sites.invited(c)]
+    rows += [(name, f"invited until {_minute(expires)}", "", "") for name, expires in sites.invited(c)]
     keys = ("name", "state", "last_seen", "fingerprint")
     if arguments.json:
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     elif not rows:
         print("No sites yet: fedscan server invite SITE")
     else:
-        _table(("site", "state", "last seen", "key"), rows)
+        _table(
+            ("site", "state", "last seen (UTC)", "key"),
+            [(name, state, "" if state == "online" else _minute(seen), key) for name, state, seen, key in rows],
+        )
+    if online is None and rows and not arguments.json:
+        print("Who is online is not known: the coordinator does not run.")
     return 0
 
 
@@ -325,13 +337,11 @@ def _person_list(arguments: argparse.Namespace) -> int:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    """Columns, never cut; one that holds nothing is left out."""
+    used = [i for i, name in enumerate(head) if any(row[i] for row in rows)]
+    width = {i: max(len(head[i]), *(len(row[i]) for row in rows)) for i in used}
+    for row in (head, *rows):
+        print("  ".join(row[i].ljust(width[i]) for i in used).rstrip())
 
 
 def _check(arguments: argparse.Namespace) -> int:

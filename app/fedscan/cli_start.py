@@ -6,10 +6,15 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from fedscan_core.errors import FedscanError
+
+_LOOK_SECONDS = 5.0  # how soon the terminal says that a run waits
 
 _START = """\
 Keeps a site connected to its coordinator, in the foreground, until Ctrl-C, SIGTERM or `fedscan agent stop`. It opens
@@ -81,14 +86,37 @@ def _start(arguments: argparse.Namespace) -> int:
             print(line, flush=True)
 
     with _stop_on_signal() as stop:
+        threading.Thread(target=_tell_of_waiting, args=(arguments.site, stop, tell), daemon=True).start()
         start.start(arguments.site, stop, tell)
     return 0
+
+
+def _tell_of_waiting(folder: Path, stop: threading.Event, tell: Callable[[str], None]) -> None:
+    """Says once of each run that it waits for a person: nobody looks at `agent runs` unasked."""
+    told: set[str] = set()
+    while not stop.wait(_LOOK_SECONDS):
+        for run_id in _waiting(folder):
+            if run_id not in told:
+                told.add(run_id)
+                tell(f"{time.strftime('%H:%M:%S')} a run waits for you: fedscan agent show {folder} {run_id}")
+
+
+def _waiting(folder: Path) -> list[str]:
+    """The runs that wait for a person here; none where they cannot be read."""
+    from fedscan_client import approvals
+    from fedscan_client import site as sites
+
+    try:
+        return [asked.run_id for asked in approvals.every(sites.load(folder)) if asked.state == "pending"]
+    except FedscanError:
+        return []
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from fedscan_client.node import status
 
     told = status.report(arguments.site, ask=not arguments.offline)
+    told["waiting"] = _waiting(arguments.site)
     if arguments.json:
         print(json.dumps(told, indent=2))
     else:
@@ -97,12 +125,15 @@ def _status(arguments: argparse.Namespace) -> int:
         if told["paused"] and told["state"] == "stopped":
             print("It is also paused: `fedscan agent resume` before it takes part again.")
         for part, said in told["parts"].items():
-            print(f"  {said['utc']}  {part}: {said['what']}")
+            print(f"  {said['utc'][:19].replace('T', ' ')}  {part}: {said['what']}")
         if "seen" in told:
-            seen = "online" if told["seen"]["online"] else f"offline, last seen {told['seen']['last_seen'] or 'never'}"
+            last = told["seen"]["last_seen"][:16].replace("T", " ")
+            seen = "online" if told["seen"]["online"] else f"offline, last seen {f'{last} UTC' if last else 'never'}"
             print(f"The coordinator sees this site {seen}.")
         elif "seen_problem" in told:
             print(f"The coordinator could not be asked: {told['seen_problem']}")
+        for run_id in told["waiting"]:
+            print(f"A run waits for a decision: fedscan agent show {arguments.site} {run_id}")
     return 0 if told["state"] == "running" else 3
 
 

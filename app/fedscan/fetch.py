@@ -31,7 +31,10 @@ def fetch(http: httpx.Client, run_id: str, out: Path) -> Path:
     """
     try:
         if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-            raise FolderError(f"{out} is there already.", remedy="Give another --out.")
+            raise FolderError(
+                f"{out} is there already.",
+                remedy="Give another --out; a run that was fetched before its end can be fetched anew that way.",
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as part:
             archive, folder = Path(part) / "archive.tar", Path(part) / "run"

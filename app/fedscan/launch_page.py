@@ -139,11 +139,23 @@ def _remarks(found: Prospects) -> RenderableType:
     if any(site.refusal is None and site.approval == "manual" for site in found.sites):
         hours = found.run.federation.approval_hours
         legend += f"; asks a person: somebody there must approve, and is waited for up to {hours:g} hours"
+    last = [site.name for site in found.sites if site.refusal is None and _takes_the_last_delta(site)]
+    if last:
+        legend += f". It takes the last delta of {', '.join(last)}: no further run like it would fit there"
     away = [site for site in found.sites if not site.online and site.refusal is None]
     notes = [f"{site.name} was last seen {_time(site.last_seen)}." for site in away[:5]]
     if len(away) > len(notes):
         notes.append(f"{len(away) - len(notes)} more are offline.")
     return Group(*parts, "", Text(" ".join([legend + ".", *notes]), "dim"))
+
+
+def _takes_the_last_delta(site: Prospect) -> bool:
+    """Epsilon may be left, and yet no other run fits: delta adds up too where the site's gate is "sum"."""
+    left = site.policy.get("remaining")
+    delta = left.get("delta") if isinstance(left, dict) else None
+    if site.plan is None or not isinstance(delta, int | float) or site.policy.get("gate") != "sum":
+        return False
+    return site.plan.delta > 0 and delta - site.plan.delta < site.plan.delta * (1 - 1e-9)
 
 
 def _refusing(found: Prospects) -> bool:

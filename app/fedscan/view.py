@@ -178,12 +178,13 @@ def show_summary(summary: Mapping[str, Any], folder: str, console: Console) -> N
     title = f"{summary['run']}: {summary['rounds']} rounds of {summary['model']} ({summary['parameters']:,} parameters)"
     table = Table(title=title + ("" if private else f" - {NO_PRIVACY}"), title_justify="left")
     table.add_column("site", no_wrap=True)
-    for name in ("patients", "epsilon", "delta", "noise", "rate", "AUROC *"):
+    exact = ["AUROC *"] if per_site else []  # real hospitals tell nobody
+    for name in ("patients", "epsilon", "delta", "noise", "rate", *exact):
         table.add_column(name, justify="right")
     shown = summary["sites"] if len(summary["sites"]) <= 12 else [*summary["sites"][:10], None, summary["sites"][-1]]
     for site in shown:
         if site is None:
-            table.add_row(f"... {len(summary['sites']) - 11} more", *[""] * 6)
+            table.add_row(f"... {len(summary['sites']) - 11} more")
             continue
         table.add_row(
             site["name"],
@@ -192,7 +193,7 @@ def show_summary(summary: Mapping[str, Any], folder: str, console: Console) -> N
             f"{site['delta']:.0e}" if private else "",
             f"{site['noise_multiplier']:.3g}",
             f"{site['sampling_rate']:.3g}",
-            _value(per_site.get(site["name"])),
+            *(_value(per_site.get(site["name"])) for _ in exact),
         )
     names = {site["name"] for site in summary["sites"]}
     for name in sorted(per_site.keys() - names):

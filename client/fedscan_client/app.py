@@ -7,6 +7,7 @@ an admitted plan, or a constant. After a reservation the site answers with valid
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -30,7 +31,6 @@ from fedscan_core.wire import Arrays, Reply, Request
 from fedscan_models import registry
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder
-RETIRED = "retired"  # file in that folder: the site has left for good
 
 OpenSite = Callable[[Context], Site]
 
@@ -77,6 +77,8 @@ def _answer(
 def _leaving(here: Site, request: Request, reply: Reply) -> contextlib.AbstractContextManager[None]:
     """Around an answer made of data: somebody may have revoked the run while it was made."""
     holds_data = reply.update is not None or reply.histogram is not None
+    if holds_data and (here.folder / site.PAUSED).exists():
+        raise Refused("this site is paused")
     return approvals.releasing(here, request.order) if holds_data else contextlib.nullcontext()
 
 
@@ -195,9 +197,12 @@ def _permit(here: Site, request: Request) -> tuple[RunConfig, SitePlan]:
     """
     if stale := order.fault(request.order):
         raise Refused(stale)
-    if (here.folder / RETIRED).exists():
+    if (here.folder / site.RETIRED).exists():
         raise Refused("this site has left the federation")
     run = config.from_server(request.config)
+    reason = policy.refusal(here.policy, run, None, request.order)  # first: a plan of many steps takes long to price
+    if reason is not None:
+        raise Refused(reason)
     plan = accounting.plan_for(run, here.patients_declared)
     reason = policy.refusal(here.policy, run, plan, request.order)
     if reason is None and here.consent is None and not here.policy.research_cohort:
@@ -251,8 +256,11 @@ def _keep_only(answer: Path) -> None:
 def _note(here: Site, text: str) -> None:
     """Writes what went wrong to the site's own log, which never leaves."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(OSError), (here.folder / "site.log").open("a", encoding="utf-8") as file:
-        file.write(f"{when} {text}\n")
+    line = f"{when} {wire.plain(text, 2000)}\n".encode()  # one line, whatever the server wrote into a message
+    with contextlib.suppress(OSError):
+        descriptor = os.open(here.folder / "site.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(line)
 
 
 def _open_configured(context: Context) -> Site:

@@ -82,13 +82,15 @@ def note_request(here: Site, order: Order) -> Asked:
     """Keeps the run's order when it first comes; the run as it stands.
 
     Raises:
-        Refused: another order came under this run's id before, or too many runs wait.
+        Refused: another order came under this run's id before, it begins like another's, or too many runs wait.
         FolderError: the file cannot be used.
     """
     with _writing(here.folder) as db:
         known = _find(db, here, order.run_id)
         if known is None:
             asked = orders.to_text(order)
+            if _mistakable(db, order.run_id):
+                raise Refused("the run's id begins like another's here, so that people could decide on the wrong one")
             if here.policy.approval == "manual" and _pending(db) >= MOST_PENDING:
                 raise Refused("too many runs wait for approval at this site")
             log.append(
@@ -101,6 +103,12 @@ def note_request(here: Site, order: Order) -> Asked:
         if known.order != order:
             raise Refused("another order came under this run's id before: launch it as a new run")
         return known
+
+
+def _mistakable(db: sqlite3.Connection, run_id: str) -> bool:
+    """Whether one of the ids is the beginning of the other: people type beginnings (`get`)."""
+    either = "substr(run_id, 1, length(?1)) = ?1 OR substr(?1, 1, length(run_id)) = run_id"
+    return db.execute(f"SELECT 1 FROM runs WHERE {either}", (run_id,)).fetchone() is not None
 
 
 def check(here: Site, order: Order) -> None:

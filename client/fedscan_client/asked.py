@@ -13,6 +13,8 @@ from fedscan_core.accounting import SitePlan
 from fedscan_core.config import RunConfig
 from fedscan_core.errors import ConfigError, FedscanError
 
+_LABELS = 20  # shown of a run's labels
+
 
 def facts(here: Site, asked: Asked) -> dict[str, Any]:
     """Everything that `words` says, fit for JSON; nothing in it depends on patients.
@@ -67,6 +69,7 @@ def _cost(here: Site, asked: Asked, run: RunConfig, plan: SitePlan) -> dict[str,
         cost |= {"epsilon": plan.epsilon, "delta": plan.delta, "noise_multiplier": plan.noise_multiplier}
         if here.policy.gate == "sum" and not charged:
             cost["left_after"] = max(0.0, left - plan.epsilon)
+            cost["last"] = delta_left - plan.delta < plan.delta * (1 - 1e-9)
     return cost
 
 
@@ -109,17 +112,18 @@ def _words(told: dict[str, Any]) -> Iterator[str]:
     who = signed.get(told["signature"], "vouched for by the coordinator only: site.toml names no launchers")
     yield f"Run {told['run_id']}: {told['state']}{_decision(told)}."
     yield f"Who: {asked['launcher']}, {who}. It asked on {asked['came'][:16]} UTC; valid until " + (
-        f"{asked['valid_until'][:16]} UTC. Contact: {study['contact'] or 'none given'}."
+        f"{asked['valid_until'][:16]} UTC. Contact: {_quoted(study['contact'])}."
     )
-    yield f"Purpose: {study['purpose'] or 'none given'}. Question: {study['question'] or 'none given'}"
+    yield f"Purpose: {_quoted(study['purpose'])}. Question: {_quoted(study['question'])}"
     yield (
-        f"Ethics approval: {study['ethics_approval'] or 'none named'}. "
-        f"Data-use agreement: {study['data_use_agreement'] or 'none named'}."
+        f"Ethics approval: {_quoted(study['ethics_approval'], 'none named')}. "
+        f"Data-use agreement: {_quoted(study['data_use_agreement'], 'none named')}."
     )
     task, training, cohort = told["task"], told["training"], told["cohort"]
-    kind = f"{task['modality']} images" if task["modality"] else "images"
+    kind = f"{_quoted(task['modality'])} images" if task["modality"] else "images"
+    labels = [_quoted(label[:60]) for label in task["labels"][:_LABELS]] + ["..."] * (len(task["labels"]) > _LABELS)
     yield (
-        f"What: {task['kind']} of {kind} as {', '.join(task['labels'])}; model {told['model']}, {training['rounds']} "
+        f"What: {task['kind']} of {kind} as {', '.join(labels)}; model {told['model']}, {training['rounds']} "
         f"rounds, {training['steps']} training steps here. Nobody's code runs here but this installation's."
     )
     yield (
@@ -131,6 +135,13 @@ def _words(told: dict[str, Any]) -> Iterator[str]:
         yield _leaving_words(told["leaves"])
     if told["refused"]:
         yield f"This site's own rules refuse it, whoever approves: {told['refused']}"
+
+
+def _quoted(text: str, otherwise: str = "none given") -> str:
+    """What a stranger wrote, marked as such: without blanks that push it onto a line that looks like ours."""
+    visible = "".join(" " if letter in "\u2800\u3164\uffa0\u115f\u1160" else letter for letter in printable(text))
+    words = " ".join(visible.split()).replace('"', "'")
+    return f'"{words}"' if words else otherwise
 
 
 def _decision(told: dict[str, Any]) -> str:
@@ -153,7 +164,7 @@ def _cost_words(cost: dict[str, Any] | None) -> str:
     return (
         f"Cost: {of}, for {who}; charged for ever when it starts, also if it stops early. Of the lifetime budget of "
         f"{cost['lifetime']:g}, {cost['left']:.3g} is left now{after}."
-    )
+    ) + (" Its delta is the last that fits: no further run like it would." if cost.get("last") else "")
 
 
 def _leaving_words(leaves: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import httpx
 
 from fedscan_client import connection as connections
 from fedscan_client.connection import Connection
-from fedscan_core import node_key
+from fedscan_core import node_key, wire
 from fedscan_core.errors import WireError
 
 PREFIX = "/fedscan/v1"
@@ -207,7 +207,8 @@ def _told(connection: Connection, response: httpx.Response, content: bytes) -> d
     if not isinstance(tree, dict) or 300 <= response.status_code < 400:
         raise _strange(connection, response.status_code)
     if response.status_code < 300:
-        return tree
+        cleaned: dict[str, Any] = _printable(tree)
+        return cleaned
     says, status, utc = tree.get("error"), response.status_code, tree.get("utc")
     if not isinstance(says, str):
         raise _strange(connection, status)
@@ -249,8 +250,16 @@ def _with(tree: dict[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
 
 def short(text: str) -> str:
     """What somebody else sent, fit for a terminal: one line, printable, bounded."""
-    kept = "".join(letter if letter.isprintable() else " " for letter in text)
-    return kept if len(kept) <= _LONGEST else kept[:_LONGEST] + "..."
+    return wire.plain(text, _LONGEST)
+
+
+def _printable(tree: Any) -> Any:
+    """The same tree with all its texts fit for a terminal: hospital IT reads them there."""
+    if isinstance(tree, dict):
+        return {_printable(name): _printable(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_printable(value) for value in tree]
+    return short(tree) if isinstance(tree, str) else tree
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -5,6 +5,7 @@ site's key is not asked twice. Private keys are made here and stay here; what le
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,11 +19,11 @@ from fedscan_client.connection import Connection
 from fedscan_client.site import Site
 from fedscan_core import invite as invites
 from fedscan_core import node_key
+from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 from fedscan_core.files import sync_folder, write_atomic
 from fedscan_core.invite import Invite
 
-RETIRED = "retired"  # file in the site's folder: the day on which it was retired
 NEXT_KEY = "node.key.next"  # takes a revoked key's place once the coordinator has its public half
 
 
@@ -90,7 +91,7 @@ def enrol(invitation: Path, folder: Path | None = None) -> Enrolled:
 
 def _same_place(folder: Path, invite: Invite) -> None:
     """A folder belongs to one coordinator: its budget was granted to that one's runs."""
-    if (folder / RETIRED).exists():
+    if (folder / site.RETIRED).exists():
         raise FolderError(f"{folder} was retired.", remedy="A new site gets a folder and a name of its own.")
     if not (folder / connections.FILE).exists():
         return
@@ -179,7 +180,18 @@ def _redeem(
     if revoked:
         os.replace(path, here.folder / connections.NODE_KEY)
         sync_folder(here.folder)
-    return {str(name): str(key) for name, key in told["launchers"].items()}
+    return _launchers(told["launchers"])
+
+
+def _launchers(told: Mapping[str, Any]) -> Mapping[str, str]:
+    """Those that are names and keys and no more: a person may copy them into site.toml."""
+    sound = {}
+    for name, key in told.items():
+        words = key.split() if isinstance(key, str) else []
+        plain = " ".join(words[:2]) if re.fullmatch(NAME_PATTERN, name) else ""
+        if re.fullmatch(r"ssh-ed25519 [A-Za-z0-9+/=]{60,100}", plain):
+            sound[name] = plain
+    return sound
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ from fedscan_client import connection as connections
 from fedscan_client import door, key_use, keys, secret_file, site
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger_lock
-from fedscan_client.enrol import NEXT_KEY, RETIRED
+from fedscan_client.enrol import NEXT_KEY
 from fedscan_client.node import start
 from fedscan_client.site import Site
 from fedscan_core.errors import FedscanError, FolderError
@@ -80,7 +80,7 @@ def plan(folder: Path, out: Path | None = None) -> Retired:
     """
     here = site.load(folder)
     export = out or folder / EXPORT
-    if export.exists() and not (folder / RETIRED).exists():
+    if export.exists() and not (folder / site.RETIRED).exists():
         raise FolderError(f"{export} is there already; it was left alone.", remedy="Give another file with --out.")
     gone = [path for path in _doomed(here) if path.exists() or path.is_symlink()]
     kept = [folder / name for name in KEPT if (folder / name).exists()]
@@ -109,9 +109,9 @@ def retire(folder: Path, out: Path | None = None) -> Retired:
     with start.only_agent(folder), key_use.alone(folder):
         ledger_lock.hold(here.ledger)  # until this process ends
         todo = plan(folder, out)
-        if not (folder / RETIRED).exists():
+        if not (folder / site.RETIRED).exists():
             log.append(folder, "retire", destroyed=[path.name for path in todo.destroyed])
-            write_atomic(folder / RETIRED, f"{datetime.now(UTC).date().isoformat()}\n".encode())
+            write_atomic(folder / site.RETIRED, f"{datetime.now(UTC).date().isoformat()}\n".encode())
         sha = _export(here, todo)
         not_told = _tell(folder)
         for path in todo.destroyed:

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import textwrap
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -13,19 +14,20 @@ from fedscan_client.intake.sources.settings import DicomWeb, DimseGet, DimseMove
 from fedscan_core import invite
 from fedscan_core.errors import ConfigError
 
+_WIDTH = 80
 _PACS = (DicomWeb, DimseGet, DimseMove, DimseStore)
 
 
 def page(folder: Path) -> str:
-    """The page as plain text, at most 100 letters wide. Asks the name service for the coordinator's addresses.
+    """The page as plain text, 80 letters wide. Asks the name service for the coordinator's addresses.
 
     Raises:
         ConfigError: the site is not enrolled, or site.toml cannot be read.
     """
     connection, here = connections.load(folder), site.load(folder)
     lines = [
-        f"fedscan site '{connection.site}': what the network and PACS teams are asked for        {date.today()}",
-        "=" * 99,
+        f"fedscan site '{connection.site}', for the network and PACS teams, {date.today()}",
+        "=" * _WIDTH,
         *_firewall(connection),
         *_pacs(here.source),
         "",
@@ -35,10 +37,12 @@ def page(folder: Path) -> str:
 
 
 def _firewall(connection: Connection) -> Iterator[str]:
-    proxy, mark = door.proxy_of(connection), "a public authority"
+    proxy, mark = door.proxy_of(connection), ["a public authority"]
     if connection.ca is not None:
         try:
-            mark = f"SHA-256 {invite.ca_fingerprint(connection.ca.read_text(encoding='ascii'))}"
+            printed = invite.ca_fingerprint(connection.ca.read_text(encoding="ascii"))
+            mark = [line.strip() for line in invite.spelled(printed).splitlines()]
+            mark[0] = f"SHA-256 {mark[0]}"
         except (OSError, UnicodeDecodeError):
             raise ConfigError(f"{connection.ca} cannot be read.", remedy="Enrol again.") from None
     yield ""
@@ -51,7 +55,7 @@ def _firewall(connection: Connection) -> Iterator[str]:
         ("Inbound", "none: nothing outside ever connects to this machine"),
         ("Proxy", f"{proxy} (CONNECT to the host and port above)" if proxy else "none; if one is needed: HTTPS_PROXY"),
         ("Do not", "open TLS on the way (no inspection, no re-signing): the agent refuses any other certificate"),
-        ("Signed by", mark),
+        *zip(("Signed by", ""), mark, strict=False),
         ("Volume", "per round about one model down and one up; a small request every few seconds in between"),
         ("Time", "NTP (UDP 123) to the hospital's time server: clocks may differ by less than 5 seconds"),
         ("Also", "DNS for the host above; no other host, no telemetry, no updates"),
@@ -99,7 +103,9 @@ def _node(it: DicomWeb | DimseGet | DimseMove | DimseStore) -> Iterator[tuple[st
 
 def _table(*rows: tuple[str, str]) -> Iterator[str]:
     for name, text in rows:
-        yield f"   {name:<13}{text}"
+        yield textwrap.fill(
+            f"   {name:<13}{text}", _WIDTH, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False
+        )
 
 
 def _from(connection: Connection) -> str:

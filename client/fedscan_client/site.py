@@ -45,6 +45,8 @@ from fedscan_core.files import write_atomic
 from fedscan_core.policy import Policy
 
 FILE = "site.toml"
+PAUSED = "paused"  # while this file is there nothing made of data leaves: see `node.status.pause`
+RETIRED = "retired"  # the day on which the site left for good
 NAMED = "names.check"  # fingerprint of what the site's pseudonyms are made with
 
 
@@ -178,11 +180,22 @@ def load(folder: Path) -> Site:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         return Site.model_validate({**tree, "folder": folder})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.", remedy="A site's folder holds a site.toml.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder} is no site's folder: it holds no {FILE}.",
+            remedy="Give the folder that enrol made; a new one: fedscan agent enrol INVITE.toml",
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", remedy="Use its owner's account.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", remedy="Mend that line.") from None
     except ValidationError as error:
         item = error.errors()[0]
         key = ".".join(map(str, item["loc"]))
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise ConfigError(
+                f"{path}: unknown key '{key}'.", remedy="Correct its name: client/deploy/site.toml has every key."
+            ) from None
         raise ConfigError(f"{path}: '{key}': {item['msg']}.", remedy="Correct that key.") from None
 
 

@@ -46,7 +46,7 @@ source = "file"                 # or "environment", "keyring"
 [policy]
 approval = "manual"             # a person here approves each run; or "auto-within-policy"
 max_epsilon = 8.0               # for ever, all runs together: it never refills (docs/ledger.md)
-max_delta = 1e-5
+max_delta = 1e-4                # for ever, likewise; a run takes at most 1e-5 of it
 min_noise_multiplier = 0.3      # a run with less noise is refused
 gate = "sum"                    # how runs add up; it cannot be changed once the first run was admitted
 max_rounds = 500                # of one run

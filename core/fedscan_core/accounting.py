@@ -212,7 +212,8 @@ def plan_fault(run: RunConfig, plan: SitePlan) -> str | None:
     """What makes a site's plan another one than the run's, or None: the server's check of a claim it publishes.
 
     Compares with what follows from the run and the declared size, and prices the plan again, without calibrating anew.
-    A site may add more noise than the run asks for; it may not claim less epsilon than its noise costs.
+    A site may add somewhat more noise than the run asks for; it may not claim less epsilon than its noise costs, nor
+    so much noise that the server's bound on the length of its updates means nothing.
     """
     if plan.patients_declared < 1 or not 0 < plan.delta < 1 / plan.patients_declared:
         return "its declared size or delta is out of range"
@@ -224,17 +225,21 @@ def plan_fault(run: RunConfig, plan: SitePlan) -> str | None:
         return "it samples at another rate, takes other steps or protects another unit than the run"
     if not run.privacy.enabled:
         return None if plan.noise_multiplier == 0 and plan.epsilon == math.inf else "it claims privacy in a run without"
-    if not all(0 <= noise < math.inf for noise in (plan.noise_multiplier, plan.evaluation_noise)):
+    if not all(0 <= noise <= 2 * MAX_NOISE_MULTIPLIER for noise in (plan.noise_multiplier, plan.evaluation_noise)):
         return "its noise is out of range"
     if (plan.evaluation_noise > 0) != run.evaluation.private:
         return "it answers another number of evaluation queries than the run"
     least = run.privacy.noise_multiplier or 0.0
     if plan.noise_multiplier < least or 0 < plan.evaluation_noise < least:
         return "it adds less noise than the run"
-    if not (plan.noise_multiplier > 0 and epsilon(plan.events(), plan.delta) <= plan.epsilon * (1 + 1e-9)):
+    price = epsilon(plan.events(), plan.delta) if plan.noise_multiplier > 0 else math.inf
+    if not price <= plan.epsilon * (1 + 1e-9):
         return "its noise costs more epsilon than it claims"
     target = run.privacy.target_epsilon
-    return "its epsilon is above the run's target" if target is not None and plan.epsilon > target else None
+    if target is not None and plan.epsilon > target:
+        return "its epsilon is above the run's target"
+    much = plan.noise_multiplier > 4 * least if target is None else plan.noise_multiplier > 1 and price < target / 4
+    return "it adds many times the noise that the run needs" if much else None
 
 
 def _delta(run: RunConfig, patients_declared: int) -> float:

@@ -58,6 +58,7 @@ __all__ = [
 # Below this the answer would be almost pure noise; above, a calibrated run is beyond use.
 MIN_EPSILON = 0.01
 MAX_NOISE_MULTIPLIER = 100.0
+MAX_STEPS = 100_000  # of one run at a site: pricing more would take a site minutes
 
 
 class RunConfig(Section):
@@ -92,6 +93,8 @@ class RunConfig(Section):
             raise ValueError(
                 "train.augmentation: scatter computes fixed features once per image; use 'none' or another model"
             )
+        if self.train.rounds * self.train.local_steps > MAX_STEPS:
+            raise ValueError(f"train.rounds times train.local_steps: more than {MAX_STEPS:,} steps cannot be priced")
         if self.train.augmentation == "none" and self.train.multiplicity > 1:
             raise ValueError("train.multiplicity: several identical views teach nothing; set train.augmentation")
         target, noise = self.privacy.target_epsilon, self.privacy.noise_multiplier

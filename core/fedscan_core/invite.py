@@ -72,6 +72,12 @@ def read(path: Path, kind: str, now: datetime | None = None) -> Invite:
     return invite
 
 
+def spelled(fingerprint: str) -> str:
+    """A fingerprint in two lines of 16 bytes, each indented by two: fit for 80 columns and for the telephone."""
+    half = len(fingerprint) // 2
+    return f"  {fingerprint[:half].rstrip(':')}\n  {fingerprint[half:].lstrip(':')}"
+
+
 def ca_fingerprint(pem: str) -> str:
     """SHA-256 of a PEM certificate's DER form, in pairs of hex digits, as browsers and openssl print it.
 

@@ -22,7 +22,8 @@ from fedscan_core.config import NAME_PATTERN
 from fedscan_core.errors import WireError
 
 _CONTEXT = b"fedscan order 1\0"
-LONGEST = timedelta(days=180)  # an order does not live longer
+LONGEST = timedelta(days=180)  # a signed order does not live longer
+LONGEST_TEXT = 256 * 1024  # characters: a run's description, not a store
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,12 @@ def from_text(text: str) -> Order:
     """Reads `to_text`.
 
     Raises:
-        WireError: not exactly the fields of an order, each of its type and form.
+        WireError: not exactly the fields of an order, each of its type and form; or too long.
     """
     names = {field.name for field in dataclasses.fields(Order)}
     try:
+        if len(text) > LONGEST_TEXT:
+            raise ValueError
         tree = json.loads(text)
         if set(tree) != names or any(not isinstance(value, str) for value in tree.values()):
             raise ValueError

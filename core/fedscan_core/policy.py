@@ -73,14 +73,15 @@ class Policy:
 
 
 def refusal(
-    policy: Policy, run: RunConfig, plan: SitePlan, order: Order | None = None, today: date | None = None
+    policy: Policy, run: RunConfig, plan: SitePlan | None, order: Order | None = None, today: date | None = None
 ) -> str | None:
     """Why this site will not take part, all reasons in one line, or None.
 
     Args:
         policy: the site's.
         run: what is asked.
-        plan: what follows from the run and the site's declared size.
+        plan: what follows from the run and the site's declared size. None before it is made, which takes seconds for a
+            long run: then nothing that follows from it is looked at.
         order: who asks; None where nobody has signed yet: then who may launch is not looked at.
         today: default the day it is.
     """
@@ -104,8 +105,8 @@ def _doors(policy: Policy, run: RunConfig) -> Iterator[str]:
         yield "this site wants a bound for any weights: privacy.engine = 'bookkeeping' or 'loop'"
 
 
-def _limits(policy: Policy, run: RunConfig, plan: SitePlan) -> Iterator[str]:
-    if run.privacy.enabled:
+def _limits(policy: Policy, run: RunConfig, plan: SitePlan | None) -> Iterator[str]:
+    if run.privacy.enabled and plan is not None:
         allowed = policy.max_epsilon if policy.epsilon_per_year is None else policy.epsilon_per_year
         allowed = min(allowed, policy.max_epsilon)
         # "not": a limit that is no number lets nothing through

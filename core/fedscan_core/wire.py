@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PROTOCOL = 2
 EVALUATION_ROUND = 0  # the ledger's round number of the private evaluation
+LONGEST_REASON = 4000  # characters of a refusal's reason
 
 Arrays = dict[str, np.ndarray]
 Status = Literal["ok", "failed", "refused", "pending"]
@@ -130,7 +131,7 @@ def read_reply(record: "RecordDict") -> Reply:
     _only(record, {_STATUS, _PLAN, _UPDATE, _HISTOGRAM})
     status = _config(record, _STATUS, {"site": str, "status": str, "reason": str, "anchor": str})
     if status["status"] not in ("ok", "failed", "refused", "pending"):
-        raise WireError(f"Unknown status '{status['status']}' in a reply.")
+        raise WireError(f"Unknown status '{plain(status['status'], 40)}' in a reply.")
     if not re.fullmatch(NAME_PATTERN, status["site"]):  # it becomes part of the published summary
         raise WireError("A site's name in a reply is not a plain name.")
     if not re.fullmatch("([0-9a-f]{64})?", status["anchor"]):
@@ -146,7 +147,14 @@ def read_reply(record: "RecordDict") -> Reply:
             raise WireError(f"Record '{_HISTOGRAM}' holds other arrays than the histogram.")
         histogram = arrays[_HISTOGRAM]
     update = _unpack(record, _UPDATE) if _UPDATE in record else None
-    return Reply(status["site"], status["status"], status["reason"], plan, update, histogram, status["anchor"])
+    reason = plain(status["reason"], LONGEST_REASON)
+    return Reply(status["site"], status["status"], reason, plan, update, histogram, status["anchor"])
+
+
+def plain(text: str, longest: int = 200) -> str:
+    """What the other side wrote, fit for a log and a terminal: one line, printable, at most `longest` characters."""
+    kept = "".join(letter if letter.isprintable() else " " for letter in text[:longest])
+    return kept if len(text) <= longest else kept + "..."
 
 
 def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
@@ -174,16 +182,21 @@ def _unpack(record: "RecordDict", key: str) -> Arrays:
     arrays = record.array_records.get(key)
     if arrays is None:
         raise WireError(f"Record '{key}' is not an array record.")
+    found: Arrays = {}
     try:
-        return {name: array.numpy() for name, array in arrays.items()}
+        for name, array in arrays.items():
+            found[name] = array.numpy()
+            if not isinstance(found[name], np.ndarray):  # np.load opens zip archives too
+                raise TypeError
     except Exception:  # whatever np.load says of bytes that the other side made up
         raise WireError(f"Record '{key}' holds something that is not a plain array.") from None
+    return found
 
 
 def _only(record: "RecordDict", allowed: set[str]) -> None:
     extra = set(record) - allowed
     if extra:
-        raise WireError(f"A message carries unknown records: {', '.join(sorted(extra))}.")
+        raise WireError(f"A message carries unknown records: {plain(', '.join(sorted(extra)))}.")
 
 
 def _config(record: "RecordDict", key: str, types: Mapping[str, Any]) -> dict[str, Any]:

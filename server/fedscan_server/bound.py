@@ -20,7 +20,6 @@ From |g| <= G the optimizers of `fedscan_client.train` follow step by step; a = 
 
 - SGD: |v| <= momentum |v| + G + decay (a + D) + mu D, D <- D + rate |v|, mu FedProx's pull towards w_0.
 - Adam (AdamW): an entry moves by rate * |m^| / sqrt(v^), at most rate R_t whatever the gradients are: by Cauchy
-- Adam (AdamW): an entry moves by rate * |m^| / sqrt(v^), at most rate R_t whatever the gradients are: by Cauchy
   R_t = (1-b1) / (1-b1^t) * sqrt((1-b2^t) / (1-b2) * sum_{j<t} (b1^2/b2)^j). The decay adds rate * decay * (a + D).
 
 Rounding to float32 moves each entry of the weights by 2^-24 of itself a few times a step; SLACK covers it. Everything

@@ -180,7 +180,7 @@ def _handler(edge_of):
 def serving(folder, *, days=1):
     """An edge that answers until the end of the block."""
     ca, path = certificates(folder, days=days)
-    box = []
+    box: list[Edge] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(lambda: box[0]))
     server.daemon_threads = True
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

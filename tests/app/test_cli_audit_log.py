@@ -156,7 +156,7 @@ def test_an_enrolled_site_asks_its_coordinator(site, run, monkeypatch):
         return kept
 
     door = types.ModuleType("fedscan_client.door")
-    door.anchors = anchors
+    monkeypatch.setattr(door, "anchors", anchors, raising=False)
     monkeypatch.setitem(sys.modules, "fedscan_client.door", door)
     monkeypatch.setattr(sys.modules["fedscan_client"], "door", door, raising=False)
     assert "1 anchors agree" in run("verify", site) and asked == [site]

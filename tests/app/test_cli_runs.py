@@ -73,10 +73,10 @@ def test_show_says_it_in_plain_words(here, order, run):
     for words in (
         "Run chest-1: pending.",
         "Who: ana, vouched for by the coordinator only",
-        "Contact: ana@example.org.",
-        "Purpose: triage. Question: Can a small network find pneumonia?",
-        "Ethics approval: EK 12/26. Data-use agreement: none named.",
-        "classification of images as well, ill; model cnn, 3 rounds, 3 training steps here",
+        'Contact: "ana@example.org".',
+        'Purpose: "triage". Question: "Can a small network find pneumonia?"',
+        'Ethics approval: "EK 12/26". Data-use agreement: none named.',
+        'classification of images as "well", "ill"; model cnn, 3 rounds, 3 training steps here',
         "declared as 400. Images never leave.",
         "Of the lifetime budget of 8, 8 is left now",
         "charged for ever when it starts",
@@ -116,6 +116,23 @@ def test_a_run_that_cannot_be_described_can_still_be_refused(here, order, run):
         assert approvals.state(here, run_id) == "refused"
 
 
+def test_what_strangers_wrote_cannot_look_like_what_we_say(here, make_run):
+    """Blanks enough to reach the next line, and then a sentence of ours: it stays inside quotation marks."""
+    blanks = " " * 300 + "\u2800" * 200
+    study = {
+        "question": f'Fine."{blanks}Cost: epsilon 0.01. This site signed it.',
+        "contact": "a" + " " * 150 + "Who: you",
+    }
+    order = Order(
+        "odd", config.for_sites(make_run(study=study, task={"labels": ["a", "b", *map(str, range(99))]})), "ana"
+    )
+    known = approvals.Asked(order, "2026-01-01T00:00:00+00:00", "pending", "", "", "")
+    said = list(asked.words(asked.facts(here, known)))
+    assert """Question: "Fine.' Cost: epsilon 0.01. This site signed it.\"""" in said[2]
+    assert 'Contact: "a Who: you".' in said[1] and not any("  " in words for words in said)
+    assert '"17", ...; model' in said[4]
+
+
 def test_what_strangers_wrote_cannot_steer_the_terminal(here, make_run, run):
     study = {"purpose": "tri\x1b[2Jage", "question": "a\nRun x: approved by you\x07"}
     approvals.note_request(here, Order("odd", config.for_sites(make_run(study=study)), "ana"))
@@ -152,11 +169,11 @@ def test_refuse_and_revoke(here, order, run):
 def test_a_run_that_is_none_or_two_is_not_guessed(here, order, run):
     import dataclasses
 
-    for run_id in ("chest-1", "chest-10", "chest-2"):
+    for run_id in ("chest-1", "chest-2", "chest-3"):
         approvals.note_request(here, dataclasses.replace(order, run_id=run_id))
     assert "Several runs" in run("show", here.folder, "che")[2]
     assert "No run 'x'" in run("show", here.folder, "x")[2]
-    assert run("show", here.folder, "chest-1")[0] == 0  # whole ids go before first letters
+    assert run("show", here.folder, "chest-1")[0] == 0
 
 
 @pytest.mark.parametrize("words", [("--by", ""), ("--by", "\x1b[2J")])

@@ -39,7 +39,9 @@ def made(fedscan):
 def test_a_newcomers_path(made, tmp_path):
     code, out, _ = made("invite", "hospital-a")
     invite = invitations.read(tmp_path / "hospital-a.invite.toml", "site")
-    assert code == 0 and invite.ca_fingerprint in out and "fedscan agent enrol" in out and invite.token not in out
+    assert code == 0 and "fedscan agent enrol" in out and invite.token not in out
+    assert invitations.spelled(invite.ca_fingerprint) in out and max(map(len, out.splitlines())) <= 80
+    assert invitations.spelled(invite.ca_fingerprint).replace("\n  ", ":").strip() == invite.ca_fingerprint
     code, out, _ = made("person", "add", "ann")
     assert code == 0 and "fedscan login" in out
     assert invitations.read(tmp_path / "ann.invite.toml", "person").name == "ann"
@@ -139,7 +141,7 @@ def test_nothing_heavy_is_loaded_to_look_after_people(made):
     assert done.stdout.endswith("set()\n"), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 def test_start_runs_until_it_is_told_to_stop(made, tmp_path):
     """All three processes, as a person starts them; a killed SuperLink comes back; SIGTERM leaves nothing."""
     pytest.importorskip("fedscan_server.edge")

@@ -1,5 +1,6 @@
 """`fedscan login` to `fetch` as typed, against a coordinator's edge over TLS in this process."""
 
+import dataclasses
 import io
 import json
 import os
@@ -20,9 +21,9 @@ name = "cxr"
 task = {labels = ["0", "1"], image_size = 16}
 train = {rounds = 3, patients_per_step = "all"}
 """
+COST = {"epsilon": 7.99, "delta": 1e-5, "noise_multiplier": 4.65, "sampling_rate": 1.0, "unit": "patient"}
 SUMMARY = {"run": "cxr", "rounds": 3, "rounds_void": 0, "model": "scatter", "parameters": 10, "privacy_enabled": True}
-SUMMARY |= {"metrics": {}, "sites": [{"name": "north", "patients_declared": 84, "epsilon": 7.99, "delta": 1e-5}]}
-SUMMARY["sites"][0] |= {"noise_multiplier": 4.65, "sampling_rate": 1.0, "unit": "patient"}
+SUMMARY |= {"metrics": {}, "sites": [{"name": "north", "patients_declared": 84, **COST}]}
 STEP = {"phase": "round", "round": 3, "rounds": 3, "sites_done": 3, "sites": 3, "epsilon_low": 1, "epsilon_high": 2}
 
 
@@ -129,6 +130,13 @@ def test_a_run_that_would_not_start_is_not_sent(ada, edge, call, run_toml):
     assert "POST /runs" not in edge.seen
 
 
+def test_a_viewer_sends_nothing(ada, edge, call, run_toml):
+    profiles.save(dataclasses.replace(profiles.load(), role="viewer"))
+    code, _, err = call("launch", run_toml, "--yes", "--json")
+    assert code == 2 and "viewers do not launch" in err
+    assert set(edge.seen) == {"GET /hello", "GET /sites"}
+
+
 def test_what_is_sent_is_what_was_read_and_signed(ada, edge, call, run_toml):
     code, out, _ = call("launch", run_toml, "--yes", "--json", "--set", "train.rounds=5")
     told = json.loads(out)
@@ -190,11 +198,11 @@ def test_leaving_a_watch_leaves_the_run(ada, edge, tmp_path):
     edge.add("cxr-1", state="running")
     edge.lines, edge.states = [STEP | {"round": 1}], ["running"]
     command = [sys.executable, "-m", "fedscan.cli", "watch", "cxr-1"]
-    how = {"cwd": tmp_path, "env": os.environ, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, **how) for _ in range(2)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ, stderr=pipe, text=True) for _ in range(2)]
     try:
         for watching, (number, code) in zip(both, ((signal.SIGINT, 130), (signal.SIGTERM, 143)), strict=True):
-            assert "round 1/3" in watching.stderr.readline()
+            assert watching.stderr and "round 1/3" in watching.stderr.readline()
             time.sleep(0.1)
             watching.send_signal(number)
             _, err = watching.communicate(timeout=20)

@@ -141,7 +141,7 @@ def test_a_compressed_archive_is_refused_before_it_grows(http, edge, tmp_path, m
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as tar:
         info = tarfile.TarInfo(f"{ID}/run.toml")
-        info.size = 10_000_000
+        info.size = 2_000_000
         tar.addfile(info, io.BytesIO(bytes(info.size)))
     edge.archive = out.getvalue()
     with pytest.raises(CoordinatorError, match="damaged"):

@@ -14,6 +14,7 @@ from fedscan_core import invite, node_key, policy
 from fedscan_core.policy import Policy
 from fedscan_server.coordinator import people, sites, state
 
+pytestmark = pytest.mark.deployed
 RUN = """
 name = "cxr"
 task = {labels = ["0", "1"], image_size = 16}

@@ -28,7 +28,8 @@ def http(edge, fake_edge):
 
 def test_a_line_becomes_a_step():
     assert watch.step(LINE) == Progress("round", 1, 3, 1, 2, 0.5, 0.75, {}, ("north: late",))
-    assert watch.step(LINE | {"epsilon_high": None}).epsilon_high == math.inf
+    unbounded = watch.step(LINE | {"epsilon_high": None})
+    assert unbounded and unbounded.epsilon_high == math.inf
     assert watch.step(LINE | {"of a later version": 1}) == watch.step(LINE)
 
 
@@ -47,7 +48,7 @@ def test_any_line_is_shown_or_passed_over(changed):
 def test_every_line_is_shown_once_and_the_state_returned(http, edge):
     edge.lines = [LINE | {"round": n} for n in (1, 2, 3)]
     edge.states = ["running", "running", "finished"]
-    shown = []
+    shown = list[Progress]()
     assert watch.follow(http, "cxr-1", shown.append, sleep=lambda seconds: None) == "finished"
     assert [step.round for step in shown] == [1, 2, 3]
     assert watch.follow(http, "cxr-1", shown.append, after=2) == "finished"
@@ -55,7 +56,8 @@ def test_every_line_is_shown_once_and_the_state_returned(http, edge):
 
 
 def test_a_coordinator_that_is_away_is_asked_again_with_growing_pauses(http, edge, monkeypatch):
-    edge.lines, said, slept, tries = [LINE], [], [], []
+    edge.lines = [LINE]
+    said, slept, tries = list[str](), list[float](), list[object]()
     ask = people.progress
 
     def flaky(*words):
@@ -65,7 +67,7 @@ def test_a_coordinator_that_is_away_is_asked_again_with_growing_pauses(http, edg
         return ask(*words)
 
     monkeypatch.setattr(people, "progress", flaky)
-    shown = []
+    shown = list[Progress]()
     assert watch.follow(http, "cxr-1", shown.append, tell=said.append, sleep=slept.append) == "finished"
     assert len(shown) == 1
     assert slept == [1, 2, 4, 8, 16, 30, 30]
@@ -74,7 +76,7 @@ def test_a_coordinator_that_is_away_is_asked_again_with_growing_pauses(http, edg
 
 def test_a_server_that_never_waits_is_not_asked_all_the_time(http, edge):
     edge.states = ["running"] * 4 + ["stopped"]
-    slept = []
+    slept = list[float]()
     assert watch.follow(http, "cxr-1", lambda step: None, sleep=slept.append) == "stopped"
     assert slept == [1.0] * 3
 
@@ -121,6 +123,7 @@ def test_those_who_have_not_answered_are_shown_while_a_run_waits():
     out = io.StringIO()
     with view.View(None, Console(file=out, width=100, force_terminal=True)) as show:
         show(Progress("declare", 0, 100, 1, 3, notes=("north: pending",)))
+        assert show._live
         show._live.refresh()
     assert "asking sites" in out.getvalue() and "north: pending" in out.getvalue()
 

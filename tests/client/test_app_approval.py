@@ -1,6 +1,7 @@
 """A person's approval as the server meets it: pending, approved, refused, revoked in the middle of a round."""
 
 import dataclasses
+import stat
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
 
 from fedscan.grid import InlineGrid
-from fedscan_client import app, approvals, train
+from fedscan_client import app, approvals, site, train
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger
 from fedscan_core import config, wire
@@ -87,18 +88,45 @@ def test_a_refusal_is_told_with_its_reason_and_charges_nothing(here, order):
     assert not here.ledger.exists()
 
 
-def test_after_a_revocation_nothing_more_leaves(here, run, order):
+def test_after_a_revocation_nothing_more_leaves_or_is_charged(here, make_run, order):
+    run = make_run(evaluation={"private": True})
+    order = orders.sign(dataclasses.replace(order, config=config.for_sites(run)), KEY)
     ask(here, "query", order)
     approvals.approve(here, "run-1", "A. Meier")
     ask(here, "query", order)
     model = weights(run)
     assert ask(here, "train", order, round_=1, model=model).status == "ok"
     approvals.revoke(here, "run-1", "B. Schmidt", "stop")
+    charged = ledger.summary(here.book)
     for round_ in (1, 2):  # not even the answer that was given before
         assert ask(here, "train", order, round_=round_, model=model) == FAILED
     assert ask(here, "evaluate", order, model=model) == FAILED
     assert ask(here, "query", order) == Reply("north", "refused", "this site withdrew from the run: stop")
     assert len(events(here, "release")) == 1 and runs_charged(here) == ["run-1"]  # what was charged stays charged
+    assert ledger.summary(here.book) == charged  # no round was begun, and none burned
+
+
+def test_while_it_is_paused_nothing_made_of_data_leaves(here, run, order):
+    """`pause` returns before the node has ended: a training that was under way must not get out."""
+    ask(here, "query", order)
+    approvals.approve(here, "run-1", "A. Meier")
+    ask(here, "query", order)
+    (here.folder / site.PAUSED).touch()
+    assert ask(here, "train", order, round_=1, model=weights(run)) == FAILED and not events(here, "release")
+    (here.folder / site.PAUSED).unlink()
+    assert ask(here, "train", order, round_=1, model=weights(run)).status == "ok"  # kept, charged once, now let out
+
+
+def test_the_server_writes_no_lines_into_the_site_s_log(here, order):
+    grid = InlineGrid(app.make_app(lambda context: here), 1)
+    record = wire.request_record(Request(order, 1))
+    record["x\n2026-01-01T00:00:00+00:00 all is well\x1b[2J" + "y" * 9999] = record["run"]
+    (reply,) = grid.send_and_receive([Message(record, next(iter(grid.get_node_ids())), "train")])
+    assert wire.read_reply(reply.content).status == "failed"
+    path = here.folder / "site.log"
+    (line,) = path.read_text().splitlines()
+    assert "unknown records" in line and line.isprintable() and len(line) < 2100
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -200,7 +228,7 @@ def test_stale_and_replayed_orders_are_refused(make_site, run, order, tmp_path):
     again = at(-day, 5 * day, "run-1")  # another order under an id that is known
     assert "another order came" in ask(here, "query", again).reason
     assert ask(here, "train", again, round_=1, model=weights(run)) == FAILED
-    (here.folder / app.RETIRED).touch()
+    (here.folder / site.RETIRED).touch()
     assert ask(here, "query", order) == Reply("north", "refused", "this site has left the federation")
     assert ask(here, "train", order, round_=1, model=weights(run)) == FAILED
 

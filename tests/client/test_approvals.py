@@ -116,3 +116,12 @@ def test_a_reason_that_researchers_read_can_be_printed(here, reason):
     with pytest.raises(ConfigError, match="reason"):
         approvals.refuse(here, "run-1", "A. Meier", reason)
     assert approvals.state(here, "run-1") == "pending"
+
+
+def test_an_id_that_begins_like_anothers_is_not_taken(here):
+    approvals.note_request(here, dataclasses.replace(ORDER, run_id="chest-0a1b2c"))
+    for other in ("chest", "chest-0a1b2c3d"):
+        with pytest.raises(Refused, match="begins like"):
+            approvals.note_request(here, dataclasses.replace(ORDER, run_id=other))
+    assert approvals.note_request(here, dataclasses.replace(ORDER, run_id="chest-0a1b2d")).state == "pending"
+    assert len(approvals.every(here)) == 2

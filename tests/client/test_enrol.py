@@ -45,6 +45,26 @@ def test_a_new_site(fake, invitation, tmp_path, monkeypatch):
     assert [it["event"] for it in log.read(folder)].count("enrol") == 1
 
 
+def test_a_launcher_that_would_be_more_than_a_line_of_site_toml_is_not_shown():
+    """A person copies what is printed into [policy.launchers]."""
+    good = "ssh-ed25519 " + "A" * 68
+    told = {
+        "ana": good + " ana@example.org",
+        "eve": f'{good}"\n[policy]\nresearch_cohort = true\nx = "',
+        "tab": 'ssh-ed25519 "\n[policy]',
+        "x\n[policy": good,
+        "dsa": "ssh-dss AAAA",
+        "none": 7,
+    }
+    assert enrol._launchers(told) == {"ana": good}
+
+
+def test_what_the_coordinator_says_steers_no_terminal(fake, invitation, tmp_path):
+    fake.hello = {"coordinator": "centre\x1b[2J\n\u202eok" + "x" * 999}
+    done = enrol.enrol(invitation, tmp_path / "north")
+    assert done.connection.coordinator.isprintable() and len(done.connection.coordinator) < 500
+
+
 def test_nothing_secret_leaves(fake, invitation, tmp_path):
     folder = tmp_path / "north"
     enrol.enrol(invitation, folder)
@@ -163,7 +183,7 @@ def test_what_is_refused(fake, invitation, tmp_path, make_site):
     elsewhere = fake.invitation(tmp_path / "else.toml", address="https://elsewhere.example")
     with pytest.raises(FolderError, match="is enrolled as 'north'"):
         enrol.enrol(elsewhere, tmp_path / "north")
-    (tmp_path / "north" / enrol.RETIRED).write_text("2026-01-01\n")
+    (tmp_path / "north" / site.RETIRED).write_text("2026-01-01\n")
     with pytest.raises(FolderError, match="retired"):
         enrol.enrol(invitation, tmp_path / "north")
     (tmp_path / "file").write_text("")

@@ -97,12 +97,16 @@ def test_a_wrong_or_unknown_key_is_named(tmp_path, old, new, key):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("text", [None, "name = north"])
-def test_a_file_that_cannot_be_read(tmp_path, text):
-    if text:
-        (tmp_path / site.FILE).write_text(text)
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / site.FILE).write_text("name = north")
     with pytest.raises(ConfigError, match="cannot be read"):
         site.load(tmp_path)
+
+
+def test_a_folder_that_is_no_sites(tmp_path):
+    with pytest.raises(ConfigError, match="no site's folder") as told:
+        site.load(tmp_path)
+    assert "fedscan agent enrol" in str(told.value)
 
 
 def test_sources_may_have_names_and_a_table_stands_alone(tmp_path):

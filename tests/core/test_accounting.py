@@ -343,10 +343,25 @@ def test_every_lie_is_named(changes, word):
     assert word in str(plan_fault(run, lie))
 
 
+@pytest.mark.parametrize("run, size", [HONEST[2], HONEST[3]])
+@pytest.mark.parametrize("noise", [20.0, 199.0, 1e7, 1e300])
+def test_noise_that_would_make_the_bound_on_updates_void_is_refused(run, size, noise):
+    plan = dataclasses.replace(plan_for(run, size), noise_multiplier=noise)
+    assert plan_fault(run, plan) in ("its noise is out of range", "it adds many times the noise that the run needs")
+
+
+def test_no_claim_ends_the_server_s_loop():
+    run, size = run_config(), 640
+    plan = plan_for(run, size)
+    for noise in (5e-324, 1e-300, 1e-3, 1e300, 1.7e308):
+        for query in (5e-324, 1e-9, 1e308):
+            assert plan_fault(run, dataclasses.replace(plan, noise_multiplier=noise, evaluation_noise=query))
+
+
 def test_more_noise_is_welcome_and_less_than_the_run_says_is_not():
     run, size = HONEST[3]
     plan = plan_for(run, size)
-    assert plan_fault(run, dataclasses.replace(plan, noise_multiplier=1e7)) is None
+    assert plan_fault(run, dataclasses.replace(plan, noise_multiplier=2.6)) is None
     for less in (
         dataclasses.replace(plan, noise_multiplier=1.2, epsilon=99.0),
         dataclasses.replace(plan, evaluation_noise=1.2, epsilon=99.0),

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -155,6 +156,32 @@ def test_bytes_that_are_no_array_do_not_end_the_run(array):
     packed["update"] = ArrayRecord({"w": array})
     with pytest.raises(WireError, match="not a plain array"):
         wire.read_reply(packed)
+
+
+def test_a_zip_archive_is_no_array():
+    """np.load opens it as an NpzFile, which has no shape: one site's reply ended the whole run."""
+    packed = io.BytesIO()
+    np.savez(packed, w=np.zeros(3, np.float32))
+    record = wire.reply_record(Reply("north", "ok", update={"w": np.zeros(3, np.float32)}))
+    record["update"] = ArrayRecord({"w": Array("float32", (3,), "numpy.ndarray", packed.getvalue())})
+    with pytest.raises(WireError, match="not a plain array"):
+        wire.read_reply(record)
+
+
+def test_what_a_site_writes_steers_no_terminal_and_fills_no_log():
+    told = "no\x1b[2J\nnorth: ok\u202e" + "x" * 10_000
+    back = wire.read_reply(wire.reply_record(Reply("north", "refused", told)))
+    assert back.reason.startswith("no [2J north: ok ") and back.reason.isprintable() and len(back.reason) < 4100
+    record = wire.reply_record(Reply("north", "failed"))
+    record["a\x1b[2J\n" + "b" * 10_000] = ConfigRecord({})
+    with pytest.raises(WireError) as caught:
+        wire.read_reply(record)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_an_order_is_no_store():
+    with pytest.raises(WireError, match="order is not one"):
+        wire.read_request(wire.request_record(Request(Order("run-1", "x" * 300_000), 1)))
 
 
 def test_pickled_arrays_are_not_opened(tmp_path):

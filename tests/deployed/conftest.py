@@ -19,8 +19,11 @@ SITES = ("north", "south", "west")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs minutes and processes of its own."""
     for item in items:
-        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.deployed)
+        if Path(__file__).parent in item.path.parents:
+            if not item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.deployed)
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(900))
 
 
 @dataclass

@@ -200,7 +200,7 @@ class Lab:
     def draw(self, name: str, patients: int = 40, seed: int = 1) -> Path:
         """What the site's PACS would hold: dicom/, labels.csv, consent.csv."""
         hospital = self.root / "pacs" / name
-        self.fedscan("phantom", hospital, "--dicom", "--patients", patients, "--size", 32, "--seed", seed)
+        self.fedscan("phantom", hospital, "--dicom", "--patients", str(patients), "--size", "32", "--seed", str(seed))
         return hospital
 
     def enrol(self, name: str, env: Mapping[str, str] | None = None) -> str:
@@ -229,6 +229,8 @@ class Lab:
 
         def online() -> bool:
             told = self.json("server", "sites", "--state", self.state, "--json", role="coordinator")
+            for name in names:
+                assert name not in self.running or self.running[name].poll() is None, self.printed(name)
             there = {row["name"] for row in told if row["state"] == "online"}
             return set(names) <= there
 

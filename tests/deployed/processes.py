@@ -13,7 +13,7 @@ KINDS = {
     "executor": ("fedscan_client.node.executor",),
     "task": ("multiprocessing.forkserver",),
     "superlink": ("fedscan_server.coordinator.superlink",),
-    "superexec": ("flower-superexec",),
+    "superexec": ("coordinator.superexec",),
     "serverapp": ("flwr-serverapp",),
     "edge": ("fedscan_server.edge",),
 }

@@ -1,75 +1,72 @@
 """Two proxies for tests: one that stands before TLS and keeps what passes in clear, one as hospitals have (CONNECT)."""
 
+import asyncio
 import contextlib
-import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 _BLOCK = 65536
 
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
+Serve = Callable[[Reader, Writer], Coroutine[Any, Any, None]]
+
 
 class _Server:
-    """Accepts on 127.0.0.1; every connection is a thread that `serve` runs; all end with `close`."""
+    """Listens on 127.0.0.1 in a thread of its own; `serve` is run for every connection."""
 
-    def __init__(self, serve: Callable[[socket.socket], None], port: int = 0) -> None:
-        self._serve, self._open, self._lock = serve, set[socket.socket](), threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self, serve: Serve, port: int = 0, inside: ssl.SSLContext | None = None) -> None:
+        self._serve, self._tasks = serve, set[asyncio.Task[Any]]()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        listen = asyncio.start_server(self._run, "127.0.0.1", port, ssl=inside)
+        self._server = asyncio.run_coroutine_threadsafe(listen, self._loop).result(10)
+        self.port: int = self._server.sockets[0].getsockname()[1]
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._run, args=(connection,), daemon=True).start()
-
-    def _run(self, connection: socket.socket) -> None:
-        self.keep(connection)
-        with contextlib.suppress(OSError, ssl.SSLError):
-            self._serve(connection)
-        connection.close()
-
-    def keep(self, connection: socket.socket) -> None:
-        """Closed by `drop`."""
-        with self._lock:
-            self._open.add(connection)
+    async def _run(self, reader: Reader, writer: Writer) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._serve(reader, writer)
+        except (OSError, ssl.SSLError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
 
     def drop(self) -> None:
         """Ends every connection there is."""
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-                connection.close()
-            self._open.clear()
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
 
     def close(self) -> None:
-        """Listens no longer."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        """Ends everything."""
+        self._loop.call_soon_threadsafe(self._server.close)
         self.drop()
 
 
-def _pump(one: socket.socket, other: socket.socket, see: Callable[[bytes, bool], None]) -> None:
-    """Both directions until one side ends; `see(data, upwards)` first looks at, or delays, what passes."""
+async def _pump(near: tuple[Reader, Writer], far: tuple[Reader, Writer], see: Callable[[bytes, bool], Any]) -> None:
+    """Both directions until both sides ended; `see(data, upwards)` first looks at what passes, or delays it."""
 
-    def copy(source: socket.socket, target: socket.socket, upwards: bool) -> None:
-        with contextlib.suppress(OSError, ssl.SSLError, ValueError):
-            while data := source.recv(_BLOCK):
-                see(data, upwards)
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    async def copy(reader: Reader, writer: Writer, upwards: bool) -> None:
+        with contextlib.suppress(OSError, ssl.SSLError):
+            while data := await reader.read(_BLOCK):
+                waiting = see(data, upwards)
+                if waiting is not None:
+                    await waiting
+                writer.write(data)
+                await writer.drain()
+        writer.close()
 
-    back = threading.Thread(target=copy, args=(other, one, False), daemon=True)
-    back.start()
-    copy(one, other, True)
-    back.join()
+    try:
+        await asyncio.gather(copy(near[0], far[1], True), copy(far[0], near[1], False))
+    finally:
+        near[1].close()
+        far[1].close()
 
 
 class Tap:
@@ -80,22 +77,18 @@ class Tap:
 
     def __init__(self, upstream: tuple[str, int], certificate: Path, key: Path, ca: Path, port: int = 0) -> None:
         self._upstream, self.up, self.down = upstream, list[bytearray](), list[bytearray]()
-        self._inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._inside.load_cert_chain(certificate, key)
+        inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        inside.load_cert_chain(certificate, key)
         self._outside = ssl.create_default_context(cafile=str(ca))
-        self._server = _Server(self._serve, port)
+        self._server = _Server(self._serve, port, inside)
         self.port = self._server.port
 
-    def _serve(self, connection: socket.socket) -> None:
-        with self._inside.wrap_socket(connection, server_side=True) as agent:
-            self._server.keep(agent)
-            plain = socket.create_connection(self._upstream)
-            with self._outside.wrap_socket(plain, server_hostname=self._upstream[0]) as edge:
-                self._server.keep(edge)
-                up, down = bytearray(), bytearray()
-                self.up.append(up)
-                self.down.append(down)
-                _pump(agent, edge, lambda data, upwards: (up if upwards else down).extend(data))
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
+        far = await asyncio.open_connection(*self._upstream, ssl=self._outside)
+        up, down = bytearray(), bytearray()
+        self.up.append(up)
+        self.down.append(down)
+        await _pump((reader, writer), far, lambda data, upwards: (up if upwards else down).extend(data))
 
     def close(self) -> None:
         """Ends everything."""
@@ -124,34 +117,26 @@ class ConnectProxy:
         """Ends everything."""
         self._server.close()
 
-    def _serve(self, connection: socket.socket) -> None:
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
         if self._cut:
             return
-        head = b""
-        while b"\r\n\r\n" not in head:
-            data = connection.recv(_BLOCK)
-            if not data:
-                return
-            head += data
-        line = head.split(b"\r\n", 1)[0].decode("latin-1")
+        line = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0].decode("latin-1")
         if not line.startswith("CONNECT "):
             self.other.append(line)
-            connection.sendall(b"HTTP/1.1 405 CONNECT only\r\ncontent-length: 0\r\n\r\n")
+            writer.write(b"HTTP/1.1 405 CONNECT only\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
             return
         target = line.split()[1]
         self.seen.append(target)
         host, _, port = target.rpartition(":")
-        with socket.create_connection((host, int(port))) as upstream:
-            self._server.keep(upstream)
-            connection.sendall(b"HTTP/1.1 200 ok\r\n\r\n")
-            _pump(connection, upstream, self._see)
+        far = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 ok\r\n\r\n")
+        await writer.drain()
+        await _pump((reader, writer), far, self._see)
 
-    def _see(self, data: bytes, upwards: bool) -> None:
-        if self._cut:
-            raise OSError("cut")
+    def _see(self, data: bytes, upwards: bool) -> Any:
         if upwards:
             self.bytes_up += len(data)
         else:
             self.bytes_down += len(data)
-        if self.rate:
-            time.sleep(len(data) / self.rate)
+        return asyncio.sleep(len(data) / self.rate) if self.rate else None

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def test_a_certificate_that_has_expired(lab, tmp_path):
     pki = lab.state / "pki"
     authority = x509.load_pem_x509_certificate((pki / "ca.crt").read_bytes())
     signing = load_pem_private_key((pki / "ca.key").read_bytes(), None)
+    assert isinstance(signing, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     old = (
@@ -199,7 +201,11 @@ def test_a_disk_that_is_full_at_a_site(lab):
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
 def test_three_hospitals_with_networks_of_their_own(tmp_path):
-    """A coordinator and three sites, each at an address of its own; one cable is pulled out and put back."""
+    """A coordinator and three sites, each at an address of its own; one cable is pulled out and put back.
+
+    Each site may send whatever it likes wherever it likes: all of it goes to the coordinator's one port, and nobody
+    asks for an outside name. (Telemetry and update checks would.)
+    """
     netlab = Path(__file__).parents[2] / "scripts" / "netlab"
 
     def net(*words):
@@ -211,7 +217,13 @@ def test_three_hospitals_with_networks_of_their_own(tmp_path):
         ip = ["ip", "netns", "exec"]
         hosts = {name: [*ip, f"fedscan-test-site-{number + 1}"] for number, name in enumerate(SITES)}
         hosts["coordinator"] = [*ip, "fedscan-test-coordinator"]
-        lab = Lab(tmp_path / "lab", address=net("address", "coordinator"), hosts=hosts, port=8443)
+        centre = net("address", "coordinator")
+        lab = Lab(tmp_path / "lab", address=centre, hosts=hosts, port=8443)
+        sniffers = []
+        for number, name in enumerate(SITES):
+            net("run", f"site-{number + 1}", "ip", "route", "add", "default", "via", centre)
+            sniff = [*hosts[name], sys.executable, str(Path(__file__).with_name("sniff.py")), str(tmp_path / name)]
+            sniffers.append(subprocess.Popen(sniff))
         try:
             lab.coordinate()
             lab.log_in()
@@ -230,7 +242,12 @@ def test_three_hospitals_with_networks_of_their_own(tmp_path):
             wait_for(lambda: any(r["sites"] == 3 for r in lab.rounds(run_id)[alone:]), 200, "it takes part again")
             lab.fedscan("stop", run_id, role="coordinator")
             lab.await_end(run_id)
+            for name in SITES:
+                assert (tmp_path / name).read_text().split("\n")[:-1] == ["ready", f"tcp {centre} 8443"]
         finally:
             lab.close()
+            for sniffer in sniffers:
+                sniffer.kill()
+                sniffer.wait()
     finally:
         net("down")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.proto import fleet_pb2, message_pb2
 
@@ -58,6 +59,7 @@ def object_of(sent: Sent) -> tuple[str, bytes] | None:
     return request.object_id, request.object_content
 
 
-def json_of(sent: Sent) -> dict[str, object] | None:
+def json_of(sent: Sent) -> dict[str, Any] | None:
     """The body of a request to our own door."""
-    return json.loads(sent.body or b"{}") if sent.path.startswith("/fedscan/") else None
+    told: dict[str, Any] | None = json.loads(sent.body or b"{}") if sent.path.startswith("/fedscan/") else None
+    return told

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fedscan_core.config import Aggregation
@@ -28,6 +28,7 @@ def summed(updates, weights):
     return total
 
 
+@settings(max_examples=40)
 @given(SITES)
 def test_the_mean_is_the_weighted_mean_of_the_sites_that_answered(sites):
     whole = sum(size for _, size in sites) + 77  # 77 patients of a site that dropped out
@@ -39,6 +40,7 @@ def test_the_mean_is_the_weighted_mean_of_the_sites_that_answered(sites):
     assert total.sites == len(sites)
 
 
+@settings(max_examples=40)
 @given(SITES, st.randoms(use_true_random=False))
 def test_the_order_of_arrival_changes_no_bit(sites, dice: random.Random):
     whole = math.fsum(size for _, size in sites)
@@ -89,6 +91,7 @@ def plain_rounds(strategy, settings, model, deltas):
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"])
+@settings(max_examples=40)
 @given(
     deltas=st.lists(st.lists(st.floats(-2, 2), min_size=2, max_size=2), min_size=1, max_size=6),
     momentum=st.floats(0, 0.95),
@@ -197,6 +200,7 @@ def test_other_updates_are_refused(update, word):
         check_update(update, GLOBAL, TRAINABLE)
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 10**15), min_size=1, max_size=9))
 def test_public_weights_add_up_to_one_and_a_claim_of_millions_is_clamped(declared):
     uniform, shares = aggregate.weights(declared, "uniform"), aggregate.weights(declared, "declared")

@@ -60,7 +60,17 @@ def honest(draw):
     return run, plan, weights, seed, steady
 
 
-@settings(max_examples=40)
+def trained(run, plan, weights, sums):
+    """The client's own update, where `sums` stands for the clipped sum over patients of each step."""
+    module, real = Flat(weights), train._clipped_sums
+    train._clipped_sums = lambda *_: [torch.tensor(sums())]
+    try:
+        return train.train_round(module, SimpleNamespace(), run, plan, round_=1, site="ash")  # type: ignore[arg-type]
+    finally:
+        train._clipped_sums = real
+
+
+@settings(max_examples=25)
 @given(honest())
 def test_honest_updates_pass(drawn):
     """All but the sum over patients is the client's code; every patient pulls one way, as hard as the clip lets."""
@@ -69,19 +79,32 @@ def test_honest_updates_pass(drawn):
     clip = 1.0 if run.privacy.clip == "auto" else run.privacy.clip
     direction = rng.normal(size=len(weights))
 
-    def sums(module, patients, run, rate, uniform):
+    def sums():
         way = direction if steady else rng.normal(size=len(weights))
-        sampled = rng.binomial(4 * plan.patients_declared, rate)  # four times as many as it declares
-        return [torch.tensor(way / np.linalg.norm(way) * clip * sampled)]
+        sampled = rng.binomial(4 * plan.patients_declared, plan.sampling_rate)  # four times as many as it declares
+        return way / np.linalg.norm(way) * clip * sampled
 
-    module, real = Flat(weights), train._clipped_sums
-    train._clipped_sums = sums
-    try:
-        update = train.train_round(module, SimpleNamespace(), run, plan, round_=1, site="ash")  # type: ignore[arg-type]
-    finally:
-        train._clipped_sums = real
+    update = trained(run, plan, weights, sums)
     longest = bound.longest(run, plan, len(weights), float(np.linalg.norm(weights)))
     assert aggregate.norm(update) <= longest < math.inf
+
+
+@pytest.mark.parametrize(
+    ("signs", "most", "settings_"),
+    [
+        ([1] * 4, 1.05, {"momentum": 0.0}),
+        ([1] * 4, 1.05, {"momentum": 0.9}),
+        ([1, -1, 1], 1.6, {"strategy": "fedprox", "mu": 2.0, "learning_rate": 5.0}),  # it is pulled back and beyond
+        ([1], 1.05, {"weight_decay": 0.5, "learning_rate": 3.0}),
+    ],
+)
+def test_the_worst_that_patients_can_do_comes_close_to_the_bound(signs, most, settings_):
+    """So many patients that the noise is nothing: momentum, pull and decay must be in the bound, and not twice."""
+    run = run_config(steps=len(signs), sigma=0.3, clip=1.0, **({"learning_rate": 1.0, "weight_decay": 0.0} | settings_))
+    plan, next_sign = plan_for(run, 1000), iter(signs)
+    weights = [1000.0 if run.train.weight_decay else 0.0]
+    update = trained(run, plan, weights, lambda: np.array([next(next_sign) * 4000.0]))
+    assert aggregate.norm(update) <= bound.longest(run, plan, 1, weights[0]) < most * aggregate.norm(update)
 
 
 def gradient_only(sampled, run, plan, entries):

@@ -22,7 +22,7 @@ from fedscan_core.order import Order
 from fedscan_server import tracking
 from fedscan_server.coordinator import control, service, sites
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deployed
 RUN = "loopback-0123456789ab"
 
 

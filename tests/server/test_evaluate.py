@@ -93,7 +93,11 @@ def test_groups_are_told_apart_and_everybody_is_sharper_than_one_table():
     assert by_group["all"]["patients_noise_sd"] < by_group["F"]["patients_noise_sd"]
 
 
-@pytest.mark.parametrize("run", [RUN, run_for("abc"), run_for(groups=["sex"])], ids=["plain", "labels", "groups"])
+@pytest.mark.parametrize(
+    "run",
+    [RUN, pytest.param(run_for("abc"), marks=pytest.mark.slow), run_for(groups=["sex"])],
+    ids=["plain", "labels", "groups"],
+)
 def test_the_spread_it_states_is_the_spread_there_is(run):
     scores, targets = scored(3000)
     exact, sites, noise = np.zeros(histograms.shape(run)), 3, 4.0
@@ -101,15 +105,15 @@ def test_the_spread_it_states_is_the_spread_there_is(run):
     exact[-1] = exact[0]  # all of them of unknown sex
     rng = np.random.default_rng(1)
     found = []
-    for _ in range(600):
+    for _ in range(200):
         noisy = [exact * histograms.share(run) / sites + rng.normal(0, noise, exact.shape) for _ in range(sites)]
         found.append(private_metrics(run, noisy, [noise] * sites)["private_evaluation"]["cells"][0])
     areas = [cell["auroc"] for cell in found]
     assert all(one["status"] == "private" for one in areas)
     spread = np.std([one["value"] for one in areas])
-    assert np.mean([one["noise_sd"] for one in areas]) == pytest.approx(spread, rel=0.08)
-    assert found[0]["patients_noise_sd"] == pytest.approx(np.std([cell["patients"] for cell in found]), rel=0.08)
-    assert abs(np.mean([one["value"] for one in areas]) - tasks.auroc(scores, targets)) < 3 * spread / 600**0.5 + 3e-3
+    assert np.mean([one["noise_sd"] for one in areas]) == pytest.approx(spread, rel=0.15)
+    assert found[0]["patients_noise_sd"] == pytest.approx(np.std([cell["patients"] for cell in found]), rel=0.15)
+    assert abs(np.mean([one["value"] for one in areas]) - tasks.auroc(scores, targets)) < 3 * spread / 200**0.5 + 3e-3
 
 
 def test_withheld_where_noise_dominates():

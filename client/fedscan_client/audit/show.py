@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedscan_client.audit import log
-from fedscan_core import auditlog
+from fedscan_core import auditlog, wire
 
 _ABOUT = ("event", "utc")
 
@@ -113,5 +113,7 @@ def words(record: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = wire.plain(str(value), 600)  # some of it is the server's wording: it steers no terminal
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text

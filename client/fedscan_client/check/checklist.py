@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 
 from fedscan_client import connection as connections
-from fedscan_client import enrol, site
+from fedscan_client import site
 from fedscan_client.check import machine, network, patients, policies, records, rehearsal
 from fedscan_client.check.finding import Finding, fail, skip
 from fedscan_client.consent import Register
@@ -20,11 +20,18 @@ def findings(folder: Path) -> Iterator[Finding]:
         folder: the site's; without a usable site.toml only network and machine are looked at.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or it is no site's.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder.", remedy="Give the site's folder, which holds site.toml.")
-    if (folder / enrol.RETIRED).exists():
+    if not any(
+        (folder / name).exists() for name in (site.FILE, connections.FILE, connections.NODE_KEY, "audit", site.RETIRED)
+    ):
+        raise ConfigError(
+            f"{folder} is no site's folder: it holds no {site.FILE}.",
+            remedy="Give the folder that enrol made; a new one: fedscan agent enrol INVITE.toml",
+        )
+    if (folder / site.RETIRED).exists():
         yield fail("site", "This site was retired.", "A new site gets a folder and a name of its own.")
         return
     yield from _guarded("coordinator", lambda: network.look(folder))

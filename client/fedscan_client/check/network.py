@@ -71,7 +71,7 @@ def _proxy_of_the_service(proxy: str) -> Iterator[Finding]:
 def _certificate(connection: Connection, until: str) -> Iterator[Finding]:
     mark = "a public authority"
     if connection.ca is not None:
-        mark = invite.ca_fingerprint(connection.ca.read_text(encoding="ascii"))
+        mark = "SHA-256 " + invite.ca_fingerprint(connection.ca.read_text(encoding="ascii"))
     if until and datetime.fromisoformat(until) - datetime.now(UTC) < _SOON:
         yield warn(
             "certificate",

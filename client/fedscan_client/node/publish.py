@@ -6,30 +6,15 @@ Both are public: the policy is what a hospital wants researchers to know, the an
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from fedscan_client import agent, door
+from fedscan_client import budget, door
 from fedscan_client import site as sites
 from fedscan_client.audit import log
-from fedscan_client.site import Site
-from fedscan_core import policy
 from fedscan_core.errors import FedscanError
 
 EVERY_SECONDS, FIRST_RETRY, LAST_RETRY = 3600.0, 15.0, 600.0
 
 Say = Callable[[str, str], None]
-
-
-def public_policy(here: Site) -> dict[str, Any]:
-    """What the site publishes of itself: its policy and what is left of its budget, which follows from admitted plans.
-
-    Raises:
-        RecordDamaged: the ledger was changed, is gone, or is an older copy.
-    """
-    booked = agent.report(here)
-    left = tuple(max(0.0, booked["budget"][key] - booked["reserved"][key]) for key in ("epsilon", "delta"))
-    told: dict[str, Any] = policy.public(here.policy, here.name, here.patients_declared, (left[0], left[1]))
-    return told
 
 
 def publish(folder: Path) -> None:
@@ -38,7 +23,7 @@ def publish(folder: Path) -> None:
     Raises:
         FedscanError: the coordinator could not be asked or said no, or the site's own files cannot be used.
     """
-    door.publish_policy(folder, public_policy(sites.load(folder)))
+    door.publish_policy(folder, budget.public_policy(sites.load(folder)))
     anchor = log.anchor(folder)
     door.put_anchor(folder, anchor)
     log.append(folder, "anchor", anchor=anchor)

@@ -25,7 +25,6 @@ from fedscan_client import connection as connections
 from fedscan_client import site as sites
 from fedscan_client.audit import log, syslog
 from fedscan_client.connection import Connection
-from fedscan_client.enrol import RETIRED
 from fedscan_client.node import flower, publish
 from fedscan_client.site import Site
 from fedscan_core import node_key, supervise
@@ -33,7 +32,7 @@ from fedscan_core.errors import FolderError
 from fedscan_core.files import write_atomic
 from fedscan_core.supervise import Child
 
-FOLDER, PAUSED = "agent", "paused"
+FOLDER, PAUSED = "agent", sites.PAUSED
 _LOOK_SECONDS = 0.5  # how soon a pause is noticed
 
 Tell = Callable[[str], None]
@@ -63,7 +62,7 @@ def start(
         FolderError: the site was retired, another agent serves it, or the folder cannot be written.
     """
     here = sites.load(folder.absolute())
-    if (here.folder / RETIRED).exists():
+    if (here.folder / sites.RETIRED).exists():
         raise FolderError(
             f"{here.folder} was retired.", remedy="A new site gets a folder and a name of its own: fedscan agent enrol"
         )

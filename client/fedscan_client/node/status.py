@@ -69,7 +69,9 @@ def report(folder: Path, *, ask: bool = True) -> dict[str, Any]:
 
 
 def pause(folder: Path) -> bool:
-    """From now on the site answers nothing, also after a restart, until `resume`. False: it was paused already.
+    """From now on no release leaves, and within a second the site is silent, also after a restart, until `resume`.
+
+    False: it was paused already.
 
     Raises:
         ConfigError: no site.toml.

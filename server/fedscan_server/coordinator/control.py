@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
+from fedscan_core import loopback
 from fedscan_core.errors import ConfigError
 from fedscan_server.coordinator import sites
 from fedscan_server.coordinator.state import Coordinator
@@ -198,6 +199,11 @@ def _client(c: Coordinator, missing_ok: bool = False) -> "Iterator[ControlHttpCl
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+    if loopback.foreign(c.superlink_port):  # it would be told the secret
+        raise ConfigError(
+            f"Another account of this machine listens on {c.superlink}, the SuperLink's port.",
+            remedy="Find out whose it is (ss -ltnp), end it, and start again.",
+        )
     interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="flwr"), _Bearer(c.control_secret)]
     client = ControlHttpClient(f"http://{c.superlink}", interceptors=interceptors, verify=False)
     client._client.close()

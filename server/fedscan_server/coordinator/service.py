@@ -106,7 +106,6 @@ def children(c: Coordinator) -> list[Child]:
         ConfigError: the coordinator is to encrypt and there is no key.
     """
     env = environment(c)
-    superexec = Path(sys.executable).with_name("flower-superexec")
     run_python = [sys.executable, "-m"]
     return [
         Child(
@@ -118,7 +117,7 @@ def children(c: Coordinator) -> list[Child]:
         Child(
             "superexec",
             [
-                *(str(superexec), "--insecure", "--runtime-api-address", c.superlink),  # loopback
+                *(*run_python, "fedscan_server.coordinator.superexec", c.superlink),
                 *("--superexec-auth-secret-file", str(c.superexec_secret)),
             ],
             env,

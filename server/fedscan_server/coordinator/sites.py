@@ -17,6 +17,8 @@ from fedscan_server.coordinator.state import Coordinator
 
 POLICY_BYTES = 64 * 1024  # a public policy is a page, not a store
 _SEEN_SECONDS = 10  # `seen` writes no more often
+_ANCHORS = 1000  # newest anchors of a site that are kept; older ones: the first of each day, for ever
+_DAYS = 5000  # first ones of a day that are told
 
 
 @dataclass(frozen=True)
@@ -158,24 +160,41 @@ def seen(c: Coordinator, name: str) -> None:
 def add_anchor(c: Coordinator, name: str, run_id: str, round_: int, anchor: str) -> None:
     """Keeps a digest of the head of the site's audit log: later it shows whether that log was cut or rolled back.
 
-    `anchor` is 64 hex digits; "" (simulation) and a repetition of the site's last one are not kept.
+    `anchor` is 64 hex digits; "" (simulation) and a repetition of the site's last one are not kept. Of old ones the
+    first of each day stays: nobody at the site can push it out by sending many.
     """
     with registry.open_(c) as db:
         last = db.execute("SELECT anchor FROM anchor WHERE site = ? ORDER BY id DESC LIMIT 1", (name,)).fetchone()
         if anchor and (last is None or last["anchor"] != anchor):
-            db.execute(
+            number = db.execute(
                 "INSERT INTO anchor (site, utc, run_id, round, anchor) VALUES (?, ?, ?, ?, ?)",
                 (name, registry.utc(), run_id, round_, anchor),
-            )
+            ).lastrowid
+            if number is not None and number % 100 == 0:
+                db.execute(
+                    f"DELETE FROM anchor WHERE site = :site AND id NOT IN ({_FIRST}) AND id NOT IN "
+                    "(SELECT id FROM anchor WHERE site = :site ORDER BY id DESC LIMIT :last)",
+                    {"site": name, "last": _ANCHORS},
+                )
+
+
+_FIRST = "SELECT min(id) FROM anchor WHERE site = :site GROUP BY substr(utc, 1, 10)"  # of each day
 
 
 def anchors(c: Coordinator, name: str, last: int = 100) -> list[dict[str, Any]]:
-    """The site's last anchors, oldest first: {"utc", "run_id", "round", "anchor"}."""
+    """The site's last anchors and the first of each day, oldest first: {"utc", "run_id", "round", "anchor"}.
+
+    The last ones alone would let whoever rewrites a log with its key wait, or send new ones, until none is left that
+    knows better.
+    """
     with registry.open_(c) as db:
         rows = db.execute(
-            "SELECT utc, run_id, round, anchor FROM anchor WHERE site = ? ORDER BY id DESC LIMIT ?", (name, last)
+            "SELECT utc, run_id, round, anchor FROM anchor WHERE id IN "
+            "(SELECT id FROM anchor WHERE site = :site ORDER BY id DESC LIMIT :last) "
+            f"OR id IN ({_FIRST} ORDER BY 1 DESC LIMIT :days) ORDER BY id",
+            {"site": name, "last": last, "days": _DAYS},
         ).fetchall()
-    return [dict(row) for row in reversed(rows)]
+    return [dict(row) for row in rows]
 
 
 def _row(db: sqlite3.Connection, name: str) -> Any:

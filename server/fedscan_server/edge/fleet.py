@@ -8,6 +8,7 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from fedscan_core import loopback
 from fedscan_server.edge import limits, who
 from fedscan_server.edge.context import Edge
 from fedscan_server.edge.refused import Refused, not_found
@@ -62,6 +63,8 @@ async def forward(edge: Edge, request: Request) -> Response:
     length = limits.declared_length(request, PATHS[path])
     headers |= {"content-length": str(length), "accept-encoding": "identity"}
     request.state.until_answered.enter_context(edge.fleet_busy(site.name))
+    if loopback.foreign(edge.coordinator.superlink_port):  # it would be told the sites' updates
+        raise Refused(502, "The SuperLink cannot be reached.", "Try again.")
     sent = edge.link.build_request("POST", path, headers=headers, content=limits.pieces(request, length, _SECONDS))
     answer = await _send(edge.link, sent)
     request.state.until_answered.push_async_callback(answer.aclose)
@@ -89,6 +92,7 @@ def client(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}",
         trust_env=False,  # never through a proxy
+        verify=False,  # plain HTTP: no list of authorities to load
         follow_redirects=False,
         timeout=httpx.Timeout(60.0, connect=5.0),
         limits=httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=2.0),

@@ -33,6 +33,7 @@ from fedscan_server.coordinator.state import Coordinator
 from fedscan_server.edge.refused import Refused, not_found
 
 ORDER, INIT, LAUNCH = "order.json", "init.safetensors", "launch.json"
+MOST_OPEN = 20  # runs of one person that are not over: start weights may be 380 MB each
 _LONGEST = 256 * 1024  # characters of an order, or of a RUN.toml
 _RUN_ID = r"{name}-[0-9a-f]{{12}}"  # order.new_run_id
 
@@ -64,13 +65,16 @@ def take(c: Coordinator, person: Person, order_text: str, run_toml: str, init: b
         init: safetensors, or b"".
 
     Raises:
-        Refused: 400 or 413 (malformed), 403 (not this person's order), 409 (the id is taken, or sites would refuse).
+        Refused: 400 or 413 (malformed), 403 (not this person's order), 409 (the id is taken, sites would refuse, or
+            too many runs of this person are under way).
     """
     asked, run = _checked(person, order_text, run_toml, init)
     path = c.runs / asked.run_id
     if path.exists():
         _same(path, asked)
         return asked.run_id
+    if sum(_open(path, person) for path in every(c)) >= MOST_OPEN:
+        raise Refused(409, f"{MOST_OPEN} runs of yours are not over yet.", "Stop some: fedscan stop RUN.")
     _willing(c, run, asked)
     launch = Launch(person.name, _now())
     parts = {
@@ -221,6 +225,14 @@ def _checked(person: Person, order_text: str, run_toml: str, init: bytes) -> tup
     return asked, run
 
 
+def _open(path: Path, person: Person) -> bool:
+    """Whether this run is that person's and not over; one whose files are damaged is nobody's."""
+    try:
+        return read_launch(path).launcher == person.name and tracking.read_state(path)["state"] not in tracking.FINAL
+    except (OSError, ValueError, KeyError, TypeError, FedscanError):
+        return False
+
+
 def _same(path: Path, asked: Order) -> None:
     if not (path / ORDER).is_file() or read_order(path) != asked:
         raise Refused(409, f"There is another run {path.name}.", "Launch it anew: it gets another id.")
@@ -244,12 +256,15 @@ def _willing(c: Coordinator, run: RunConfig, asked: Order) -> None:
 
 
 def _refusal(run: RunConfig, asked: Order, published: dict[str, Any]) -> str | None:
+    today = datetime.now(UTC).date()
     try:
         allowed, patients = policy.from_public(published)
+        if why := policy.refusal(allowed, run, None, order=asked, today=today):  # before the plan, which takes longer
+            return why
         plan = accounting.plan_for(run, patients)
     except (ConfigError, PrivacyError) as error:
         return error.message
-    return policy.refusal(allowed, run, plan, order=asked, today=datetime.now(UTC).date())
+    return policy.refusal(allowed, run, plan, order=asked, today=today)
 
 
 def _now() -> str:

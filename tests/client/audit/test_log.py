@@ -54,9 +54,30 @@ def test_every_record_has_another_anchor_which_is_no_line_of_the_file_and_anothe
 def test_records_that_belong_together_are_one_write_and_one_fsync(tmp_path, monkeypatch):
     log.append(tmp_path, "start")
     synced, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), real(descriptor))[1])
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     log.append_all(tmp_path, [("release", {"run_id": "r"}), ("answer", {"status": "ok"})])
     assert len(synced) == 1 and events(tmp_path) == ["begin", "start", "release", "answer"]
+
+
+def test_the_name_of_a_new_file_is_on_disk_before_anything_leaves(tmp_path, monkeypatch):
+    synced, real = set[str](), os.fsync
+
+    def fsync(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(log, "ROTATE_BYTES", 10)
+    for number in (1, 2):
+        synced.clear()
+        log.append(tmp_path, "start")
+        folder = tmp_path / "audit"
+        assert {str(folder / f"log-00000{number}.jsonl"), str(folder), str(tmp_path)} <= synced
 
 
 @pytest.mark.parametrize("event", ["", "Release", "a b", "a\n"])
@@ -69,6 +90,22 @@ def test_an_event_without_a_plain_name_is_refused(tmp_path, event):
 def test_the_logs_own_names_are_not_for_fields(tmp_path, name):
     with pytest.raises(ValueError, match="No record"):
         log.append(tmp_path, "start", **{name: 1})
+
+
+def test_adding_reads_the_end_of_the_log_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "ROTATE_BYTES", 40_000)
+    for _ in range(3):
+        log.append_all(tmp_path, [("answer", {"number": number}) for number in range(200)])
+    looked, real = list[bytes](), chain.unseal
+
+    def unseal(key, line):
+        looked.append(line)
+        return real(key, line)
+
+    monkeypatch.setattr(chain, "unseal", unseal)
+    log.append(tmp_path, "stop")
+    log.anchor(tmp_path)
+    assert len(looked) == 2 and len(log.files(tmp_path / "audit")) > 1
 
 
 def test_a_full_file_is_followed_by_the_next_and_the_chain_goes_on(tmp_path, monkeypatch):

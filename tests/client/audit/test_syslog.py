@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -21,8 +22,14 @@ def to(collector, **other):
     return Settings(**{"syslog": collector.address, "syslog_ca": collector.ca, **other})
 
 
+def field(frame, number):
+    match = RFC5424.fullmatch(frame)
+    assert match is not None, frame
+    return match[number]
+
+
 def got(collector):
-    return [json.loads(RFC5424.fullmatch(frame)[5]) for frame in collector.frames]
+    return [json.loads(field(frame, 5)) for frame in collector.frames]
 
 
 def wait_for(what, seconds=10.0):
@@ -40,7 +47,7 @@ def test_records_arrive_once_in_order_as_rfc_5424(tmp_path, collector):
     assert syslog.ship(tmp_path, to(collector)) == 0
     wait_for(lambda: len(collector.frames) == 3)
     assert got(collector) == [record for record, _ in log.records(tmp_path)]
-    assert [RFC5424.fullmatch(frame)[4] for frame in collector.frames] == [b"begin", b"release", b"answer"]
+    assert [field(frame, 4) for frame in collector.frames] == [b"begin", b"release", b"answer"]
     assert all(b"\n" not in frame and frame.isascii() for frame in collector.frames)
     assert not collector.problems
 
@@ -69,7 +76,7 @@ def test_a_collector_whose_certificate_is_not_the_hospitals_gets_nothing(tmp_pat
 def test_a_collector_that_answers_nothing_keeps_nobody_waiting(tmp_path, make_collector):
     stalled = make_collector(tmp_path / "collector", stall=True)
     log.append(tmp_path, "start")
-    stop, told = threading.Event(), []
+    stop, told = threading.Event(), list[str]()
     thread = threading.Thread(target=syslog.follow, args=(tmp_path, to(stalled), stop, told.append))
     syslog.POLL_SECONDS, before = 0.01, syslog.POLL_SECONDS
     try:
@@ -93,7 +100,7 @@ def test_followed_records_arrive_by_themselves_and_a_problem_is_told_once(tmp_pa
     monkeypatch.setattr(syslog, "LONGEST_PAUSE", 0.02)
     log.append(tmp_path, "start")
     (tmp_path / "audit" / "key").chmod(0o644)
-    stop, told = threading.Event(), []
+    stop, told = threading.Event(), list[str]()
     thread = threading.Thread(target=syslog.follow, args=(tmp_path, to(collector), stop, told.append))
     thread.start()
     wait_for(lambda: told)
@@ -145,4 +152,4 @@ def test_an_address_that_is_none_is_refused(address):
 def test_an_ipv6_address_has_brackets():
     assert Settings(syslog="[::1]:6514").address == ("::1", 6514)
     with pytest.raises(ValidationError, match="goes with"):
-        Settings(syslog_ca="ca.pem")
+        Settings(syslog_ca=Path("ca.pem"))

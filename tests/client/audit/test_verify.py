@@ -71,9 +71,9 @@ def changed(files, change):
     kind, a, b = change
     lines = [line for data in files.values() for line in data.splitlines(keepends=True)]
     if kind == "edit":
-        whole = bytearray(b"".join(lines))
-        whole[a % len(whole)] ^= b
-        return [bytes(whole)]
+        edited = bytearray(b"".join(lines))
+        edited[a % len(edited)] ^= b
+        return [bytes(edited)]
     if kind == "tear":
         whole = b"".join(lines)
         return [whole[: a % len(whole)]]

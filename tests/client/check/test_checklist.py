@@ -96,11 +96,16 @@ def test_all_is_well_and_nothing_is_written_sent_or_charged(north, fake, monkeyp
 def test_without_a_folder_enrolment_or_site_toml(tmp_path, north, quick):
     with pytest.raises(ConfigError, match="no folder"):
         list(checklist.findings(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no site's folder"):
+        list(checklist.findings(tmp_path))
     (north / connections.FILE).rename(tmp_path / "aside")
     found = look(north)
     assert found["coordinator"].state == "fail" and "fedscan agent enrol" in found["coordinator"].remedy
     assert found["cohort"].state == "ok" and found["audit log"].state == "warn"
     (north / site.FILE).unlink()
+    with pytest.raises(ConfigError, match="no site's folder"):
+        list(checklist.findings(north))
+    (tmp_path / "aside").rename(north / connections.FILE)
     assert look(north)["site.toml"].state == "fail"
 
 

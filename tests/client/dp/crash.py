@@ -1,11 +1,12 @@
 """Kills the training process again and again and tells what was left each time. Run by test_crash.py.
 
-    python crash.py SITE_DIR RUN.json KILLS
+    python crash.py SITE_DIR RUN.json EVERY KILLS
 
 Everything is imported once, here; children are forked and die by SIGKILL in the real app: at the k-th boundary (before
-and after every commit, fsync, rename, removal and drawing of a key) of a fresh site, for every k there is; then KILLS
-times at a random moment of one site's long life. What a child did is written down with single appending writes, which
-a SIGKILL cannot tear: "noise" before a key is drawn, "sent" once the reply is the server's.
+and after every commit, fsync, rename, removal and drawing of a key) of a fresh site, for every k there is (EVERY = 1),
+or for each EVERY-th boundary of its kind; then KILLS times at a random moment of one site's long life. What a child did
+is written down with single appending writes, which a SIGKILL cannot tear: "noise" before a key is drawn, "sent" once
+the reply is the server's.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fedscan_client import app, cohort, evaluate, site, train
+from fedscan_client import app, approvals, cohort, evaluate, site, train
 from fedscan_client.audit import log
 from fedscan_client.dp import ledger, ledger_file, noise
 from fedscan_client.gate import egress
@@ -37,7 +38,7 @@ Boundary = Callable[[str], None]
 
 
 def main() -> None:
-    folder, run_json, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    folder, run_json, every, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     run = config.from_server(run_json.read_text())
     model = {n: t.numpy() for n, t in registry.for_run(run).module.state_dict().items()}
@@ -53,7 +54,7 @@ def main() -> None:
         asker.first_rounds(fresh, Path(os.devnull))
         watch(lambda name: None)
     told: Told = []
-    for number, name in enumerate(boundaries):
+    for number, name in chosen(boundaries, every):
         fresh = copy(folder, f"k{number}")
         seen = fresh / "seen"
         status = in_child(functools.partial(asker.first_rounds, fresh, seen), at=number)
@@ -83,7 +84,8 @@ class Asker:
             try:
                 request = Request(Order(run_id, self.config), round_, model)
                 reply = handle(here, request)
-                egress.answer(here, kind, request, reply)
+                with app._leaving(here, request, reply):
+                    egress.answer(here, kind, request, reply)
             except Exception as error:  # as `app._answer` does
                 note(seen, {"error": f"{type(error).__name__}: {error}", "run": run_id, "round": round_})
                 return "failed"
@@ -142,7 +144,16 @@ def keys_noted(seen: Path, run_id: str, round_: int) -> Any:
 
 _REAL = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "urandom")}
 _TRACED = {"BEGIN", "INSER", "COMMI"}
-_CONNECT = ledger_file._connect
+_CONNECT = {module: module._connect for module in (ledger_file, approvals)}
+
+
+def chosen(boundaries: list[str], every: int) -> list[tuple[int, str]]:
+    """Each `every`-th boundary of its kind, from the kind's first on, and its last: number and name."""
+    kinds: dict[str, list[int]] = {}
+    for number, name in enumerate(boundaries):
+        kinds.setdefault(name, []).append(number)
+    numbers = {number for kind in kinds.values() for number in (*kind[::every], kind[-1])}
+    return [(number, boundaries[number]) for number in sorted(numbers)]
 
 
 def watch(boundary: Boundary) -> None:
@@ -158,15 +169,16 @@ def watch(boundary: Boundary) -> None:
 
         return call
 
-    def connect(path: Path, mode: str) -> Any:
-        db = _CONNECT(path, mode)
+    def connect(module: Any, path: Path, mode: str) -> Any:
+        db = _CONNECT[module](path, mode)
         if mode == "rw":
             db.set_trace_callback(lambda sql: boundary(f"before {sql.split('(')[0]}") if sql[:5] in _TRACED else None)
         return db
 
     for name in _REAL:
         setattr(os, name, around(name))
-    ledger_file._connect = connect
+    for module in _CONNECT:
+        vars(module)["_connect"] = functools.partial(connect, module)
 
 
 def some_lines_and_a_while(seen: Path, lines: int, seconds: float) -> None:

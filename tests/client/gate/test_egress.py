@@ -78,7 +78,9 @@ def good(run, kind):
     what = {"train": "update", "evaluate": "histogram"}[kind]
     shapes = egress.declared(config.for_sites(run), what)
     arrays = {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    return Reply("north", "ok", update=arrays) if kind == "train" else Reply("north", "ok", **arrays)
+    if kind == "train":
+        return Reply("north", "ok", update=arrays)
+    return Reply("north", "ok", histogram=arrays["histogram"])
 
 
 def events(here):
@@ -179,7 +181,7 @@ def test_where_the_log_cannot_be_written_nothing_leaves_but_the_constant(here, r
     log.append(here.folder, "start")
     (path,) = log.files(here.folder / "audit")
     path.write_bytes(path.read_bytes().replace(b"start", b"stArt"))
-    before, noted = path.read_bytes(), []
+    before, noted = path.read_bytes(), list[str]()
     with pytest.raises(RecordDamaged):
         egress.answer(here, "train", request(run), good(run, "train"))
     sent = wire.read_reply(egress.failed(here, "train", request(run), noted.append))

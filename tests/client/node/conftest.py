@@ -82,7 +82,7 @@ class Node:
         objects = {key: item.deflate() for key, item in get_all_nested_objects(message).items()}
         tree = get_object_tree(message)
         digest = hashlib.sha256(server.content).hexdigest() if server.fab_hash is None else server.fab_hash
-        config = {bundle.RUN_KEY: "demo-1"} if server.config is None else server.config
+        config: dict[str, Any] = {bundle.RUN_KEY: "demo-1"} if server.config is None else server.config
         run = Run.create_empty(run_id)
         run.fab_id, run.fab_version, run.fab_hash = server.fab_id, server.fab_version, digest
         run.override_config, run.primary_task_type, run.series_id = config, server.task_type, run_id

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from flwr.app import Message
@@ -37,7 +38,7 @@ def served(tmp_path, monkeypatch):
 
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
         asked = Message(wire.reply_record(wire.Reply("north", "ok")), 7, "query")
-        content = worker.ask(pipe, asked, None)
+        content: Any = worker.ask(pipe, asked, cast(Any, None))
         with out.open("a") as file:
             file.write(f"{wire.read_reply(content).reason}\n")
         if token == "leaves a word":
@@ -50,16 +51,23 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "main", run)
     monkeypatch.setattr(executor, "warm", lambda: multiprocessing.get_context("fork"))
     monkeypatch.setattr(executor, "POLL_SECONDS", 0.01)
-    started = []
+    started: list[Any] = []
     begin = worker.start
-    monkeypatch.setattr(worker, "start", lambda context: started.append(begin(context)) or started[-1])
+
+    def start(context):
+        started.append(begin(context))
+        return started[-1]
+
+    monkeypatch.setattr(worker, "start", start)
 
     def serve(*steps):
         todo, stop = list(steps), threading.Event()
 
         class Client:
             def AcquireTask(self, request):
-                step = todo.pop(0) if todo else stop.set() or ""
+                if not todo:
+                    stop.set()
+                step = todo.pop(0) if todo else ""
                 if callable(step):
                     step = step(int(out.read_text().split()[-1])) or ""
                 return Task(step)

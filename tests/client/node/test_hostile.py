@@ -164,7 +164,7 @@ SAID = pytest.mark.parametrize(
 
 @SAID
 def test_the_guard_knows_what_a_run_may_be(said: dict[str, Any], reason: str) -> None:
-    told = {"fab_hash": bundle.SHA256, "fab_id": bundle.APP_ID, "fab_version": bundle.VERSION}
+    told: dict[str, Any] = {"fab_hash": bundle.SHA256, "fab_id": bundle.APP_ID, "fab_version": bundle.VERSION}
     told |= {"config": {bundle.RUN_KEY: "demo-1"}, "message_type": "train", "task_type": "flwr-clientapp", **said}
     with pytest.raises(inspect.Refused, match=re.escape(reason)):
         inspect.task_kind(told["task_type"])

@@ -15,7 +15,7 @@ import pytest
 from fedscan_client import connection as connections
 from fedscan_client import door
 from fedscan_client.connection import Connection
-from fedscan_client.node import publish, start, status
+from fedscan_client.node import flower, publish, start, status
 from fedscan_core import node_key
 from fedscan_core.errors import ConfigError, FolderError, SiteKeyError, WireError
 from fedscan_core.supervise import Child
@@ -48,7 +48,7 @@ def fake_children(monkeypatch):
         return tuple(Child(name, argv, {"PATH": os.environ["PATH"]}, agent / f"{name}.log") for name in ("a", "b"))
 
     monkeypatch.setattr(start, "children", children)
-    monkeypatch.setattr(start.flower, "check", lambda: None)
+    monkeypatch.setattr(flower, "check", lambda: None)
     monkeypatch.setattr(publish, "publish", lambda folder: None)
 
 
@@ -82,7 +82,7 @@ def served(site, script, lines=None):
 
 
 def test_it_starts_pauses_resumes_and_stops(site, fake_children):
-    lines = []
+    lines: list[str] = []
 
     def script():
         wait_for(lambda: len(alive(site)) == 2)
@@ -210,7 +210,7 @@ def test_status_asks_the_coordinator_and_survives_its_absence(site, monkeypatch)
 
 
 def test_state_survives_a_full_disk(tmp_path, monkeypatch):
-    lines = []
+    lines: list[str] = []
     state = start.State(tmp_path / "state.json", lines.append)
     state.say("agent", "one")
     assert json.loads((tmp_path / "state.json").read_text())["agent"]["what"] == "one"

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def message():
 @pytest.fixture
 def ask(message, site):
     """One request to a worker with this app, which is made by the first: a task's reply."""
-    pipes, workers = {}, []
+    pipes: dict[Any, Any] = {}
+    workers: list[Any] = []
 
     def ask(app, site=site):
         if app not in pipes:
@@ -178,7 +180,11 @@ def test_the_cohort_stays_in_memory_until_it_changes(ask, site, cached, one_more
     real = cohort._load
 
     def app(message, context):
-        cohort._load = lambda *args: loads.append(1) or real(*args)
+        def counted(*args):
+            loads.append(1)
+            return real(*args)
+
+        cohort._load = counted
         ids = cohort.load_patients(sites.load(site), make_run(), "train").ids
         cohort._load = real
         told = f"{len(loads)} " + " ".join(str(int(name, 16)) for name in ids)

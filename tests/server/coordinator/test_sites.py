@@ -172,8 +172,25 @@ def test_anchors_are_kept_in_order_and_once(bare, site_key):
         sites.add_anchor(bare, "a", "run", 3, anchor)
     sites.add_anchor(bare, "b", "run", 3, "9" * 64)
     assert [row["anchor"][0] for row in sites.anchors(bare, "a")] == ["1", "2", "1", "3"]
-    assert [row["anchor"][0] for row in sites.anchors(bare, "a", last=2)] == ["1", "3"]
+    assert [row["anchor"][0] for row in sites.anchors(bare, "a", last=2)] == ["1", "1", "3"]  # with the day's first
     assert set(sites.anchors(bare, "b")[0]) == {"utc", "run_id", "round", "anchor"}
+
+
+def test_nobody_at_a_site_can_push_its_old_anchors_out(bare, site_key, monkeypatch):
+    """Who rewrites the log with its key, and then sends many anchors, is still found: the first of each day stays."""
+    enrol(bare, "a", site_key())
+    for day in ("2026-01-01", "2026-01-02"):
+        monkeypatch.setattr(registry, "utc", lambda day=day: f"{day}T08:00:00+00:00")
+        sites.add_anchor(bare, "a", "", 0, f"{day:>064}")
+        sites.add_anchor(bare, "a", "", 0, "e" * 64)
+    monkeypatch.setattr(registry, "utc", lambda: "2026-01-03T08:00:00+00:00")
+    monkeypatch.setattr(sites, "_ANCHORS", 150)
+    for number in range(320):
+        sites.add_anchor(bare, "a", "", 0, f"{number:064x}")
+    kept = sites.anchors(bare, "a")
+    assert [row["anchor"] for row in kept[:3]] == [f"{'2026-01-01':>064}", f"{'2026-01-02':>064}", "0" * 64]
+    assert [int(row["anchor"], 16) for row in kept[3:]] == list(range(220, 320))
+    assert len(sites.anchors(bare, "a", last=9999)) < 300  # and they fill no disk
 
 
 def test_seen_is_written_now_and_then(bare, site_key):

@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedscan_core.errors import ConfigError, FolderError
@@ -52,6 +52,7 @@ def test_another_folder_is_no_coordinator(tmp_path):
         state.load(tmp_path)
 
 
+@settings(max_examples=50)
 @given(name=st.text(min_size=1, max_size=20))
 def test_any_name_comes_back_or_is_refused(tmp_path_factory, name):
     folder = tmp_path_factory.getbasetemp() / "names"

@@ -23,6 +23,7 @@ def start(*argv: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.deployed
 def test_it_serves_without_flower_until_sigterm(coordinator: Coordinator) -> None:
     trust = ssl.create_default_context(cadata=coordinator.ca_pem)
 

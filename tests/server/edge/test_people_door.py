@@ -1,6 +1,7 @@
 """People's door: tokens, roles, and runs from launch to archive."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -51,6 +52,16 @@ def test_guesses_are_slowed_down(live: Live) -> None:
     answers = [live.http.get(f"{PREFIX}/runs", headers=wrong).status_code for _ in range(22)]
     assert answers == [401] * 20 + [429] * 2
     assert live.http.get(f"{PREFIX}/runs", headers={**token, "x-forwarded-for": "192.0.2.9"}).status_code == 200
+
+
+def test_one_person_cannot_fill_the_disk_with_runs(live: Live, ada: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MOST_OPEN", 2)
+    first = launch(live, ada)
+    launch(live, ada)
+    answer = live.http.post(f"{PREFIX}/runs", json=submission(ada[0]), headers=ada[1])
+    assert answer.status_code == 409 and "not over" in answer.json()["error"]
+    tracking.set_state(live.c.runs / first, "stopped")
+    launch(live, ada)
 
 
 def test_roles(live: Live, ada: tuple[Ed25519PrivateKey, dict[str, str]]) -> None:
@@ -203,6 +214,17 @@ def test_stop_and_resume(live: Live, ada: tuple[Ed25519PrivateKey, dict[str, str
     assert live.http.post(f"{PREFIX}/runs/{run_id}/stop", json={}, headers=ada[1]).status_code == 200
     assert not (path / "stop").exists()
     assert live.http.post(f"{PREFIX}/runs/{run_id}/resume", json={}, headers=ada[1]).status_code == 409
+
+
+def test_a_run_whose_order_ran_out_is_not_resumed(live: Live, ada: tuple[Ed25519PrivateKey, dict[str, str]]) -> None:
+    run_id = launch(live, ada)
+    path = live.c.runs / run_id
+    late = dataclasses.replace(runs.read_order(path), valid_until="2026-01-01T00:00:00+00:00")
+    (path / "order.json").write_text(order.to_text(late))
+    tracking.set_state(path, "failed", "a disk was full")
+    answer = live.http.post(f"{PREFIX}/runs/{run_id}/resume", json={}, headers=ada[1])
+    assert answer.status_code == 409 and "no longer valid" in answer.json()["error"]
+    assert live.flower.started == [run_id] and tracking.read_state(path)["state"] == "failed"
 
 
 def test_the_archive_holds_what_was_learned(live: Live, ada: tuple[Ed25519PrivateKey, dict[str, str]]) -> None:

@@ -106,7 +106,7 @@ def supernode(c: Coordinator, name: str, folder: Path) -> "subprocess.Popen[byte
         )
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 @pytest.mark.timeout(1200)
 def test_models_pass_and_a_revoked_site_ends(running: Coordinator, tmp_path: Path) -> None:
     from flwr.common.serde import fab_to_proto

@@ -1,5 +1,6 @@
 """Enrolment and the site's own door."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,9 +91,18 @@ def test_a_guesser_waits_and_others_do_not(live: Live) -> None:
     south = Site("south", ec.generate_private_key(ec.SECP384R1()), live.http)
     body = enrolment(sites.invite(live.c, "south", 1).token, "south", south.key)
     # Bound to loopback there is a proxy of ours in front, which says who is asking.
-    there = {"x-forwarded-for": "192.0.2.1, 192.0.2.7"}
+    there = {"x-forwarded-for": "127.0.0.1, 192.0.2.7"}
     assert live.http.post(f"{PREFIX}/enrol", json=body, headers=there).status_code == 200
     assert live.http.get(f"{PREFIX}/hello").status_code == 200
+
+
+def test_bound_to_the_outside_no_peer_says_where_it_comes_from(live: Live) -> None:
+    live.edge.coordinator = dataclasses.replace(live.c, bind=("0.0.0.0", live.c.bind[1]))
+    guess = enrolment("A" * 43, "north", KEY)
+    for number in range(21):
+        there = {"x-forwarded-for": f"192.0.2.{number}"}
+        status = live.http.post(f"{PREFIX}/enrol", json=guess, headers=there).status_code
+        assert status == (403 if number < 20 else 429), number
 
 
 def test_about_itself(live: Live) -> None:
