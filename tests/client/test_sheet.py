@@ -55,7 +55,8 @@ def folder(fake_coordinator, tmp_path, monkeypatch):
 def test_everything_a_ticket_needs(folder, monkeypatch):
     text = sheet.page(folder)
     pem = (folder / connections.CA_FILE).read_text()
-    for words in ("fed.invalid", "TCP 8443", "outbound", "NTP", invite.ca_fingerprint(pem), "cannot resolve"):
+    mark = [line.strip() for line in invite.spelled(invite.ca_fingerprint(pem)).splitlines()]
+    for words in ("fed.invalid", "TCP 8443", "outbound", "NTP", *mark, "cannot resolve"):
         assert words in text
     for words in ("pacs.example", "PACS1 at 10.1.2.5 TCP 104", "10.1.2.9 TCP 11112", "FEDSCAN = 10.1.2.9:11112"):
         assert words in text

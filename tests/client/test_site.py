@@ -97,10 +97,10 @@ def test_a_wrong_or_unknown_key_is_named(tmp_path, old, new, key):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("text", [None, "name = north"])
-def test_a_file_that_cannot_be_read(tmp_path, text):
-    if text:
-        (tmp_path / site.FILE).write_text(text)
+def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="no site's folder: it holds no site.toml"):
+        site.load(tmp_path)
+    (tmp_path / site.FILE).write_text("name = north")
     with pytest.raises(ConfigError, match="cannot be read"):
         site.load(tmp_path)
 
