@@ -247,6 +247,9 @@ def test_blocks_hold_everybody_whole_and_no_more_than_fits(make_run, make_patien
         assert torch.equal(whole, patients.inputs.repeat_interleave(views, 0).view_as(whole))
 
 
+ANOTHER_ORDER = 1e-5  # float32 sums in another order: up to 5e-6 of the norm, by the machine's vector width
+
+
 def no_noise(patch):
     patch.setattr(SecretStream, "gaussian", lambda self, count: np.zeros(count))
 
@@ -277,7 +280,7 @@ def test_blocks_give_what_one_big_batch_gives(make_run, make_patients, monkeypat
         delta = train.train_round(registry.for_run(run).module, patients, run, plan(rate=0.9), **ROUND)
         updates.append(flat(delta).double())
     assert counts[0] == counts[1] == 1 < counts[2]
-    assert (updates[0] - updates[1]).norm() <= 2e-6 * updates[0].norm()
+    assert (updates[0] - updates[1]).norm() <= ANOTHER_ORDER * updates[0].norm()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -316,7 +319,7 @@ def test_a_patient_of_nan_images_changes_nothing_but_the_noise(
         flat(train.train_round(registry.for_run(run).module, part, run, plan(), **ROUND)).double()
         for part in (everybody, rest)
     )
-    assert with_it.isfinite().all() and (with_it - without).norm() <= 2e-6 * without.norm() > 0
+    assert with_it.isfinite().all() and (with_it - without).norm() <= ANOTHER_ORDER * without.norm() > 0
 
 
 def test_images_that_cannot_be_decoded_change_nothing_but_the_noise(make_run, make_site, monkeypatch, tmp_path):
