@@ -97,13 +97,7 @@ def test_a_wrong_or_unknown_key_is_named(tmp_path, old, new, key):
     assert caught.value.remedy
 
 
-<<<<<<< HEAD
 def test_a_file_that_cannot_be_read(tmp_path):
-=======
-def test_a_file_that_is_not_there_or_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match="no site's folder"):
-        site.load(tmp_path)
->>>>>>> tclient
     (tmp_path / site.FILE).write_text("name = north")
     with pytest.raises(ConfigError, match="cannot be read"):
         site.load(tmp_path)
