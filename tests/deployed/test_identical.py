@@ -46,6 +46,7 @@ def same(federation):
         settings = lab.site(name) / "site.toml"  # its register lay relative to where it was
         tree = tomllib.loads(settings.read_text())
         tree["consent"]["path"] = str(simulated / "hospitals" / name / "consent.csv")
+        tree["policy"] |= {"max_epsilon": 100.0, "max_delta": 1e-3}  # made for a run without privacy, it allows none
         settings.write_text(tomli_w.dumps(tree))
         lab.enrol(name)
         lab.start_agent(name)
