@@ -238,7 +238,8 @@ def test_models_are_encrypted_at_rest_where_the_coordinator_asks(coordinator, pr
     assert state(folder)[0] == "failed"
 
 
-def test_what_it_logs_goes_nowhere_else(coordinator, pretend):
+def test_what_it_logs_goes_nowhere_else(coordinator, pretend, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedscan"), "propagate", True)  # whatever commands ran in this process
     before = [list(logging.getLogger(name).handlers) for name in ("flwr", "fedscan")]
     launch(coordinator, pretend.run_config(rounds=1))
     deployed.run(pretend.Network(), coordinator, RUN)

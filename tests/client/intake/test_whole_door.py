@@ -39,7 +39,7 @@ def test_real_series_become_a_cohort_that_trains(door, make_run, tmp_path):
     shapes = sorted(entry.shape for images in door.contents(site).values() for entry, _ in images)
     assert shapes == [(17, 128, 88), *[(22, 320, 280)] * 4] and report.instances("accepted") == 17 + 4 * 22
 
-    site = site.model_copy(update={"policy": Policy(50.0, 1e-3, research_cohort=True)})
+    site = site.model_copy(update={"policy": Policy(50.0, 1e-3, research_cohort=True, approval="auto-within-policy")})
     site = site.model_copy(update={"consent": site.consent.model_copy(update={"max_age_days": 36_500})})
     run = make_run(task={"labels": ["0", "1"], "modality": "MR"})
     patients = cohort.load_patients(site, run, "train")
