@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from fedscan import stopping
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from fedscan_client.intake.sources.settings import Source
     from fedscan_client.intake.sources.spool import Spool
     from fedscan_client.site import Site
+
+_SOON = "stopping after what is in transit"
 
 _PULL = """\
 Asks the PACS of site.toml what it has, and retrieves what is new into the encrypted spool, where `fedscan agent ingest`
@@ -87,7 +88,7 @@ def pull(here: "Site", console: "Console", *, dry_run: bool = False) -> tuple[di
 
     sources = _of_kinds(here.source, NETWORK, "pull")
     told: dict[str, Any] = {}
-    with key_use.held(here.folder), _stop_on_signal() as stop:
+    with key_use.held(here.folder), stopping.on_signal(_SOON) as stop:
         permitted, spool = _permitted(here), _spool(here, write=not dry_run)
         for name, source in sources.items():
             if stop.is_set():
@@ -145,7 +146,11 @@ def _listen(arguments: argparse.Namespace) -> int:
     here = sites.load(arguments.site)
     sources = _of_kinds(here.source, ("dimse-store",), "listen")
     received = {name: scp.Received() for name in sources}
-    with key_use.held(here.folder), _stop_on_signal() as stop, contextlib.ExitStack() as stack:
+    with (
+        key_use.held(here.folder),
+        stopping.on_signal(_SOON) as stop,
+        contextlib.ExitStack() as stack,
+    ):
         spool = _spool(here, write=True)
         for name, source in sources.items():
             assert isinstance(source, DimseStore)
@@ -259,22 +264,3 @@ def _progress(console: Any, name: str) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(f"{name}: instances listed so far", total=None)
         yield lambda done, found: bar.update(task, completed=done, total=max(found, 1))
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; the second one ends at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        print("\nfedscan: stopping after what is in transit; once more stops at once.", file=sys.stderr)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,17 +1,14 @@
 """`fedscan agent start`, `status`, `pause`, `resume` and `stop`: a site's connection to its coordinator."""
 
 import argparse
-import contextlib
 import json
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from fedscan import stopping
 from fedscan_core.errors import FedscanError
 
 _LOOK_SECONDS = 5.0  # how soon the terminal says that a run waits
@@ -85,7 +82,7 @@ def _start(arguments: argparse.Namespace) -> int:
         if not arguments.quiet:
             print(line, flush=True)
 
-    with _stop_on_signal() as stop:
+    with stopping.on_signal("stopping") as stop:
         threading.Thread(target=_tell_of_waiting, args=(arguments.site, stop, tell), daemon=True).start()
         start.start(arguments.site, stop, tell)
     return 0
@@ -159,22 +156,3 @@ def _stop(arguments: argparse.Namespace) -> int:
 
     print("Stopped." if status.stop(arguments.site) else "No agent was running.")
     return 0
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; the second one ends at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        print("\nfedscan: stopping; once more stops at once.", file=sys.stderr)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from datetime import date
 from pathlib import Path
 
@@ -220,12 +218,3 @@ def hospital_file(tmp_path: Path) -> Path:
 
     draw_hospital(tmp_path / "hospital", name="Canary General", patients=8, seed=5)
     return min(path for path in (tmp_path / "hospital/dicom").rglob("*") if path.is_file())
-
-
-def test_the_second_signal_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), cli_pull._stop_on_signal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wait(5)
-        threading.Timer(0.01, lambda: None).start()
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)

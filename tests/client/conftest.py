@@ -1,7 +1,7 @@
 """A small hospital whose images lie in a table."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,20 @@ def _make_site(folder: Path, *, rows: Sequence[Row] | None = None, name: str = "
 def _fresh_memory() -> None:
     """No cohort of another test is kept in memory."""
     forget()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tester's own proxy has no part in any test."""
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fake(fake_coordinator: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
+    """A coordinator's edge, pretended, over real HTTPS; see tests/conftest.py."""
+    with fake_coordinator["coordinator"](tmp_path / "centre") as it:
+        yield it
 
 
 @pytest.fixture(scope="session")

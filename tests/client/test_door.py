@@ -12,18 +12,6 @@ from fedscan_client.door import DoorError
 from fedscan_core import node_key
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def fake(fake_coordinator, tmp_path):
-    with fake_coordinator["coordinator"](tmp_path / "centre") as it:
-        yield it
-
-
 def connected(fake, folder, address=""):
     """A site's folder that knows this coordinator."""
     folder.mkdir(exist_ok=True)

@@ -16,12 +16,6 @@ from fedscan_core.errors import ConfigError, FolderError, SiteKeyError
 
 
 @pytest.fixture
-def fake(fake_coordinator, tmp_path):
-    with fake_coordinator["coordinator"](tmp_path / "centre") as it:
-        yield it
-
-
-@pytest.fixture
 def invitation(fake, tmp_path):
     return fake.invitation(tmp_path / "INVITE.toml")
 

@@ -17,12 +17,6 @@ from fedscan_client.node import start
 from fedscan_core.errors import FolderError, RecordDamaged, SiteKeyError
 
 
-@pytest.fixture
-def fake(fake_coordinator, tmp_path):
-    with fake_coordinator["coordinator"](tmp_path / "centre") as it:
-        yield it
-
-
 @pytest.fixture(autouse=True)
 def _let_go(monkeypatch):
     """The lock lives as long as the process, which here goes on: each test has a ledger of its own."""

@@ -12,7 +12,7 @@ import pytest
 from lab import Lab, free_port, wait_for
 from proxies import ConnectProxy, Tap
 
-pytestmark = pytest.mark.slow  # a quarter of an hour
+pytestmark = pytest.mark.slow  # many minutes
 
 SITES = ("ash", "birch", "cedar")
 QUORUM_OF_TWO = "\n[aggregation]\nmin_sites = 2\n"

@@ -102,8 +102,7 @@ def failed(site: Path) -> Reply:
     name, anchor = "unknown", ""
     try:
         name = sites.load(site).name
-        log.append(site, "answer", status="failed")
-        anchor = log.anchor(site)
+        anchor = log.append_all(site, [("answer", {"status": "failed"})])
     except Exception:
         traceback.print_exc()  # to the site's own log
     return Reply(name, "failed", anchor=anchor)

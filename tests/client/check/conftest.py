@@ -45,18 +45,6 @@ def write_register():
     return _register
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def fake(fake_coordinator, tmp_path):
-    with fake_coordinator["coordinator"](tmp_path / "centre") as it:
-        yield it
-
-
 @pytest.fixture(scope="session")
 def drawn(fake_coordinator, tmp_path_factory):
     """The site's folder, written once, and what the coordinator holds of it."""
