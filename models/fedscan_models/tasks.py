@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,6 +69,8 @@ def auroc(scores: ArrayLike, targets: ArrayLike) -> float:
     Raises:
         DataError: for lengths that differ, scores that are not finite, or a label no image has.
     """
+    from scipy.stats import rankdata  # here: importing scipy.stats takes a second
+
     score, target = _checked(scores, targets)
     areas = []
     for column, positive in _one_vs_rest(score, target):

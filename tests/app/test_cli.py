@@ -153,7 +153,7 @@ def wait_for(path, what, seconds=60.0):
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
 )
 def test_a_signal_leaves_a_run_that_goes_on(number, code, table, tmp_path):
-    (tmp_path / "run.toml").write_text(SMALL.replace("ROUNDS", "120"))
+    (tmp_path / "run.toml").write_text(SMALL.replace("ROUNDS", "40"))
     command = [sys.executable, "-m", "fedscan.cli", "simulate", "run.toml", "--data", str(table), "--out", "r"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         wait_for(tmp_path / "r/rounds.jsonl", lambda text: text.count("\n") >= 3)
@@ -167,7 +167,7 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, table, tmp_path):
     done = fedscan("simulate", "--resume", "r", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line)["round"] for line in (tmp_path / "r/rounds.jsonl").read_text().splitlines()]
-    assert rounds == list(range(1, 121))
+    assert rounds == list(range(1, 41))
     assert json.loads(done.stdout)["sites"][0]["epsilon"] <= 8.0
 
 

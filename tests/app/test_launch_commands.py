@@ -1,6 +1,7 @@
 """`fedscan login` to `fetch` as typed, against a coordinator's edge over TLS in this process."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -199,7 +200,10 @@ def test_leaving_a_watch_leaves_the_run(ada, edge, tmp_path):
     edge.lines, edge.states = [STEP | {"round": 1}], ["running"]
     command = [sys.executable, "-m", "fedscan.cli", "watch", "cxr-1"]
     pipe = subprocess.PIPE
-    both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ, stderr=pipe, text=True) for _ in range(2)]
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    start = functools.partial(subprocess.Popen, cwd=tmp_path, env=os.environ, stderr=pipe, text=True, preexec_fn=hears)
+    both = [start(command) for _ in range(2)]
     try:
         for watching, (number, code) in zip(both, ((signal.SIGINT, 130), (signal.SIGTERM, 143)), strict=True):
             assert watching.stderr and "round 1/3" in watching.stderr.readline()

@@ -254,7 +254,7 @@ def test_quickstart_trains_phantom_hospitals(tmp_path):
 @pytest.mark.parametrize(
     ("config", "folder", "at_least", "few"),
     [
-        ("cxr_pneumonia", "cxr", 0.7, ["task.image_size=16"]),
+        pytest.param("cxr_pneumonia", "cxr", 0.7, ["task.image_size=16"], marks=pytest.mark.slow),
         pytest.param("pneumonia_partitioned", "large2d", 0.7, ["task.image_size=16"], marks=pytest.mark.slow),
         pytest.param(
             "malaria",

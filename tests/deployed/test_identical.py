@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from lab import Lab
 from safetensors.numpy import load_file
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
@@ -35,9 +36,20 @@ sites = ["hospital-1", "hospital-2", "hospital-3"]
 
 
 @pytest.fixture(scope="module")
-def same(federation):
+def lab(tmp_path_factory):
+    """A federation of its own: sites that are gone would hold up every run that asks all that are enrolled."""
+    lab = Lab(tmp_path_factory.mktemp("same"))
+    try:
+        lab.coordinate()
+        lab.log_in()
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.fixture(scope="module")
+def same(lab):
     """The pretend hospitals of a simulation, moved out and enrolled as real ones: (run, the simulation's folder)."""
-    lab = federation.lab
     run, simulated = lab.root / "same.toml", lab.root / "simulated"
     run.write_text(RUN)
     lab.fedscan("simulate", run, "--set", "privacy.enabled=false", "--out", simulated)
@@ -51,9 +63,7 @@ def same(federation):
         lab.enrol(name)
         lab.start_agent(name)
     lab.await_online(*NAMES)
-    yield run, simulated
-    for name in NAMES:
-        lab.end(name)
+    return run, simulated
 
 
 def launched(lab, run, *more):
@@ -73,17 +83,16 @@ def public(folder):
     return {key: summary[key] for key in kept}, [{key: line[key] for key in of_round} for line in rounds]
 
 
-def test_without_privacy_and_with_a_seed_the_models_are_identical(federation, same):
+def test_without_privacy_and_with_a_seed_the_models_are_identical(lab, same):
     run, simulated = same
-    real = launched(federation.lab, run, "--set", "privacy.enabled=false")
+    real = launched(lab, run, "--set", "privacy.enabled=false")
     expected, model = load_file(simulated / "model.safetensors"), load_file(real / "model.safetensors")
     assert expected.keys() == model.keys()
     assert all(np.array_equal(expected[name], model[name]) for name in model)
     assert public(real) == public(simulated)
 
 
-def test_with_privacy_they_agree_in_everything_but_the_noise(federation, same):
-    lab = federation.lab
+def test_with_privacy_they_agree_in_everything_but_the_noise(lab, same):
     run, _ = same
     simulated = lab.root / "simulated-private"
     lab.fedscan("simulate", run, "--out", simulated)

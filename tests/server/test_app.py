@@ -201,7 +201,7 @@ def crash(good):
 
 def no_array(good):
     record = wire.reply_record(good)
-    record.array_records["update"][next(iter(good.update))] = Array("<f4", (1,), "numpy.ndarray", b"no array")
+    record.array_records["update"]["safetensors"] = Array("uint8", (8,), "safetensors", b"no array")
     return record
 
 
@@ -213,7 +213,7 @@ def no_array(good):
         (lambda good: dataclasses.replace(good, site="ash"), "answered as ash"),
         (lambda good: Reply("birch", "failed"), "failed"),
         (crash, "did not answer"),
-        (no_array, "not a plain array"),
+        (no_array, "holds no safetensors file"),
     ],
 )
 def test_a_bad_answer_is_dropped_and_recorded_and_the_run_goes_on(tmp_path, bad, word):

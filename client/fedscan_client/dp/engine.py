@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedscan_client.dp import bookkeeping, heap, plans, ways
@@ -168,6 +167,8 @@ def _by_hooks(
 
     Convolutions with a padding mode other than zeros go through functorch: the hooks' sampler ignores the mode.
     """
+    from opacus.grad_sample import GradSampleModule  # here: importing Opacus takes seconds
+
     sizes = [unit.stop - unit.start for unit in units]
     rows = torch.cat([torch.arange(unit.start, unit.stop) for unit in units]).to(x_B.device)
     x_B, y_B = x_B[rows], y_B[rows]

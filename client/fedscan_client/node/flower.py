@@ -16,11 +16,13 @@ VERSION = "1.41.0"
 
 # Every name inside Flower that this room uses or replaces. `flwr.supercore.x:y` is attribute y of that module.
 NAMES = (
+    "flwr.supernode.start_client_internal:_pull_and_store_message",
     "flwr.supernode.start_client_internal:get_fused_config_from_fab",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState._store_error_replies",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.get_message_processing_duration",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.store_fab",
     "flwr.supernode.cli.flower_supernode:flower_supernode",
+    "flwr.supernode.runtime.run_clientapp:pull_and_inflate_object_from_tree",
     "flwr.supernode.runtime.run_clientapp:pull_task_input",
     "flwr.supernode.runtime.run_clientapp:push_message",
     "flwr.supernode.runtime.run_clientapp:push_task_output",

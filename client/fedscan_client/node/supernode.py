@@ -1,4 +1,4 @@
-"""Flower's SuperNode with three changes: it opens no bundle, waits for no lost task, and keeps times to itself.
+"""Flower's SuperNode with four changes: it opens no bundle, waits for no lost task, keeps times to itself, asks soon.
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
@@ -12,16 +12,23 @@ answers for it when the task's token expires, like for any other.
 Stock, each reply tells the server to the microsecond how long the ClientApp worked (`fleet_http_connection.py`,
 `clientapp_runtime_list`), which depends on who was sampled. Ours says 0.
 
+Stock, it asks for the next message 3 seconds after it found none, so a round takes 3 seconds where the work takes one.
+Ours asks again sooner when it has just worked, and falls back to Flower's pace when nothing comes.
+
     python -P -s -m fedscan_client.node.supernode ...      arguments as `flower-supernode`
 """
 
 import hashlib
 import importlib
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 from fedscan_client.node import flower
 from fedscan_core import bundle
+
+SOON = (0.1, 0.2, 0.4, 0.8, 1.5)  # seconds between two questions after a message was handled
 
 
 def configuration(content: bytes, run: Any) -> dict[str, Any]:
@@ -77,10 +84,28 @@ def tell_no_time(state_class: Any) -> None:
     state_class.get_message_processing_duration = lambda self, message_id: 0.0
 
 
+def asking_soon(stock: Callable[..., int | None], wait: Callable[[float], None] = time.sleep) -> Callable[..., Any]:
+    """`_pull_and_store_message` that asks again after the pauses of `SOON` where the one before brought a message."""
+    worked = False
+
+    def pull(**given: Any) -> int | None:
+        nonlocal worked
+        pauses, worked = SOON if worked else (), False
+        for pause in (0.0, *pauses):
+            wait(pause)
+            if (run_id := stock(**given)) is not None:
+                worked = True
+                return run_id
+        return None
+
+    return pull
+
+
 def change() -> None:
     """Makes the changes to Flower in this process."""
-    importlib.import_module("flwr.supernode.start_client_internal").__dict__.update(
-        get_fused_config_from_fab=configuration
+    loop = importlib.import_module("flwr.supernode.start_client_internal")
+    loop.__dict__.update(
+        get_fused_config_from_fab=configuration, _pull_and_store_message=asking_soon(loop._pull_and_store_message)
     )
     state = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     keep_no_bundle(state)

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fedscan_core import wire
 from fedscan_core.wire import Reply
 
 SITE_KEY = "fedscan-site"  # node_config: the site's folder, as `fedscan_client.app` reads it
+_LOOK_AGAIN = 0.05  # seconds
 _REFUSED_CODE = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION: an answer, not a lost node
 
 
@@ -46,7 +48,7 @@ def main(token: str, kind: str, address: str, site: str, work: Connection) -> No
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.runtime import RuntimeHttpClient
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+    from flwr.supernode.runtime import run_clientapp
 
     worker.die_with(os.getppid())
     began = time.monotonic()
@@ -57,7 +59,14 @@ def main(token: str, kind: str, address: str, site: str, work: Connection) -> No
     )
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
-    message, context, run, fab = pull_task_input(client)
+    # A task is handed out while its message is still arriving; stock, it then looks again after 1, 2, 4, ... seconds.
+    stock = run_clientapp.pull_and_inflate_object_from_tree
+    vars(run_clientapp).update(
+        pull_and_inflate_object_from_tree=partial(
+            stock, initial_backoff=_LOOK_AGAIN, backoff_cap=20 * _LOOK_AGAIN, max_tries_per_object=None
+        )
+    )
+    message, context, run, fab = run_clientapp.pull_task_input(client)
     folder, pulled = Path(site), time.monotonic()
     try:
         inspect.task_kind(kind)
@@ -72,8 +81,8 @@ def main(token: str, kind: str, address: str, site: str, work: Connection) -> No
         context.node_config = {SITE_KEY: site}
         reply = answer(work, message, context, folder)
     worked = time.monotonic()
-    push_message(client, reply, context)
-    push_task_output(client, None, "completed", "")  # without a context: nothing of a run is kept outside the site
+    run_clientapp.push_message(client, reply, context)
+    run_clientapp.push_task_output(client, None, "completed", "")  # no context: a run is kept nowhere but at the site
     heartbeat.stop()
     client.close()
     seconds = (pulled - began, worked - pulled, time.monotonic() - worked)  # to the site's own log

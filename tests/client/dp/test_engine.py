@@ -87,6 +87,7 @@ def test_it_is_the_plain_loop(name, side, outputs, sizes, which):
         assert close(sums, reference(network.module, x_B, y_B, sizes, clip), 2e-4 if side > 16 else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ENGINES)
 def test_resnet18_is_the_plain_loop(which, monkeypatch):
     monkeypatch.setattr(ways, "_TRIES", 1)  # which way is taken does not matter here

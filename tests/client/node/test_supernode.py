@@ -52,3 +52,18 @@ def test_a_task_that_dies_before_it_fetched_its_message_is_answered_for(lonely_n
     lonely_node.state.task_token_store[task.task_id].active_until -= timedelta(hours=1)
     _, reason = lonely_node.reply(run_id, 5)
     assert reason == "ClientApp stopped responding."
+
+
+def test_after_a_message_it_asks_again_soon_and_then_at_flowers_pace():
+    told = iter([None, 7, 7, None, None, 7, *[None] * 20])
+    waited: list[float] = []
+    pull = supernode.asking_soon(lambda **given: next(told), waited.append)
+    first, *soon = 0.0, *supernode.SOON
+    assert pull(state=1) is None and waited == [first]  # idle: one question, and Flower's loop sleeps for 3 s
+    assert pull(state=1) == 7 and pull(state=1) == 7
+    waited.clear()
+    assert pull(state=1) == 7 and waited == [first, *soon[:2]]
+    waited.clear()
+    assert pull(state=1) is None and waited == [first, *soon]
+    waited.clear()
+    assert pull(state=1) is None and waited == [first]

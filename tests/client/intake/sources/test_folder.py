@@ -184,6 +184,7 @@ def _huge_catalogue():
         (_huge_catalogue(), [], "zip_damaged"),
         (b"PK\x03\x04" + b"garbage" * 99, [], "zip_damaged"),
     ],
+    ids=("encrypted", "nested", "bomb", "bombs", "cut off", "huge catalogue", "garbage"),
 )
 def test_archives_that_are_not_read(tmp_path, data, members, reason):
     write(tmp_path / "z", data)
