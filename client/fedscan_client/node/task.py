@@ -60,7 +60,7 @@ def main(token: str, kind: str, address: str, site: str, work: Connection) -> No
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     # A task is handed out while its message is still arriving; stock, it then looks again after 1, 2, 4, ... seconds.
-    stock = run_clientapp.pull_and_inflate_object_from_tree
+    stock = vars(run_clientapp)["pull_and_inflate_object_from_tree"]
     vars(run_clientapp).update(
         pull_and_inflate_object_from_tree=partial(
             stock, initial_backoff=_LOOK_AGAIN, backoff_cap=20 * _LOOK_AGAIN, max_tries_per_object=None
