@@ -4,6 +4,8 @@ What goes on is made anew: the path is one of ours, the headers are those that F
 as declared. Nothing of a stranger's request reaches the SuperLink, not even its length.
 """
 
+import shutil
+
 import httpx
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -32,6 +34,8 @@ PATHS = {
         ("confirm-message-received", _PLAIN),
     )
 }
+GROWING = ("/v1/fleet/push-messages", "/v1/fleet/push-object")  # the SuperLink keeps what these bring
+KEPT_FREE = 2**30  # bytes of the coordinator's disk that sites cannot fill: checkpoints and books go on
 QUIET = ("pull-messages", "send-node-heartbeat", "push-object", "pull-object")  # too many to log where all is well
 
 _HEADERS = (
@@ -52,7 +56,7 @@ async def forward(edge: Edge, request: Request) -> Response:
 
     Raises:
         Refused: 404 (not a path or method of the fleet API), 401 (`who.node`), 411 and 413 (sizes), 408 (slow),
-            502 to 504 (the SuperLink is away or slow: Flower's SuperNode tries again).
+            502 to 504 (the SuperLink is away or slow, or the disk nearly full: Flower's SuperNode tries again).
     """
     path = request.scope["raw_path"].decode("ascii", "replace")
     if request.method != "POST" or path not in PATHS:
@@ -65,6 +69,8 @@ async def forward(edge: Edge, request: Request) -> Response:
     request.state.until_answered.enter_context(edge.fleet_busy(site.name))
     if loopback.foreign(edge.coordinator.superlink_port):  # it would be told the sites' updates
         raise Refused(502, "The SuperLink cannot be reached.", "Try again.")
+    if path in GROWING and shutil.disk_usage(edge.coordinator.folder).free < KEPT_FREE:
+        raise Refused(503, "The coordinator's disk is nearly full.", "Try again later.")
     sent = edge.link.build_request("POST", path, headers=headers, content=limits.pieces(request, length, _SECONDS))
     answer = await _send(edge.link, sent)
     request.state.until_answered.push_async_callback(answer.aclose)

@@ -181,3 +181,13 @@ def test_one_site_cannot_take_all(live: Live) -> None:
     assert site.fleet(PULL).status_code == 503
     assert live.site("south").fleet(PULL).status_code == 200
     live.edge.fleet_busy._now.clear()
+
+
+def test_sites_cannot_fill_the_disk(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = live.site()
+    monkeypatch.setattr(fleet, "KEPT_FREE", 2**60)  # as if nearly nothing were left
+    for path in fleet.GROWING:
+        answer = site.fleet(path, b"x")
+        assert answer.status_code == 503 and "disk is nearly full" in answer.text
+    assert live.link.got == []
+    assert site.fleet(PULL).status_code == 200  # what is there can still be fetched

@@ -1,4 +1,4 @@
-"""A real coordinator and stock SuperNodes through the edge: 30 MB models both ways, and a site revoked meanwhile."""
+"""A real coordinator and stock SuperNodes through the edge: models of 30 and 300 MB both ways, and a site revoked meanwhile."""
 
 import contextlib
 import hashlib
@@ -35,6 +35,7 @@ clientapp = "edgetest:client"
 [tool.flwr.app.config]
 nodes = 2
 rounds = 20
+megabytes = MEGABYTES
 """
 CODE = """\
 import os, time
@@ -52,19 +53,22 @@ def main(grid, context):
     while len(list(grid.get_node_ids())) < context.run_config["nodes"]:
         time.sleep(0.5)
     nodes = list(grid.get_node_ids())
-    model = np.arange(30 * 2**18, dtype=np.float32)
+    model = np.arange(context.run_config["megabytes"] * 2**18, dtype=np.float32)
     with open(os.environ["FEDSCAN_COORDINATOR"] + "/told", "a") as out:
         for number in range(context.run_config["rounds"]):
             content = RecordDict({"m": ArrayRecord({"w": Array(model)})})
-            messages = [Message(content, dst_node_id=node, message_type="train", ttl=100) for node in nodes]
-            replies = [r for r in grid.send_and_receive(messages, timeout=100) if not r.has_error()]
+            messages = [Message(content, dst_node_id=node, message_type="train", ttl=900) for node in nodes]
+            replies = [r for r in grid.send_and_receive(messages, timeout=900) if not r.has_error()]
             right = sum(np.array_equal(r.content["m"]["w"].numpy(), model + 1) for r in replies)
             print(number, len(replies), right, file=out, flush=True)
 """
 
 
-def bundle() -> bytes:
-    files = {"pyproject.toml": PROJECT.encode(), "edgetest/__init__.py": CODE.encode()}
+def bundle(megabytes: int) -> bytes:
+    files = {
+        "pyproject.toml": PROJECT.replace("MEGABYTES", str(megabytes)).encode(),
+        "edgetest/__init__.py": CODE.encode(),
+    }
     lines = [f"{name},{hashlib.sha256(data).hexdigest()},{8 * len(data)}" for name, data in files.items()]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -106,9 +110,11 @@ def supernode(c: Coordinator, name: str, folder: Path) -> "subprocess.Popen[byte
         )
 
 
-@pytest.mark.deployed
-@pytest.mark.timeout(1200)
-def test_models_pass_and_a_revoked_site_ends(running: Coordinator, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "megabytes", [pytest.param(30, marks=pytest.mark.deployed), pytest.param(300, marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(2400)
+def test_models_pass_and_a_revoked_site_ends(running: Coordinator, tmp_path: Path, megabytes: int) -> None:
     from flwr.common.serde import fab_to_proto
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
@@ -119,16 +125,16 @@ def test_models_pass_and_a_revoked_site_ends(running: Coordinator, tmp_path: Pat
     nodes = {name: supernode(c, name, tmp_path) for name in ("north", "south")}
     try:
         until(lambda: len(control.online_nodes(c)) == 2, 60)
-        content = bundle()
+        content = bundle(megabytes)
         with control._client(c) as client:
             fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
             client.StartRun(StartRunRequest(fab=fab))
         told = c.folder / "told"
-        until(lambda: " 2 2\n" in _read(told), 500)  # a busy machine may lose a round or two
+        until(lambda: " 2 2\n" in _read(told), 900)  # a busy machine may lose a round or two
         before = len(_read(told).splitlines())
         sites.revoke(c, "north")
         nodes["north"].wait(60)  # Flower's SuperNode ends itself after 401
-        until(lambda: any(line.endswith(" 1 1") for line in _read(told).splitlines()[before:]), 500)
+        until(lambda: any(line.endswith(" 1 1") for line in _read(told).splitlines()[before:]), 900)
         assert nodes["south"].poll() is None, "the others go on"
     finally:
         for process in nodes.values():
