@@ -1,4 +1,4 @@
-"""A real coordinator and stock SuperNodes through the edge: models of 30 and 300 MB both ways, and a site revoked meanwhile."""
+"""A real coordinator and stock SuperNodes through the edge: 30 and 300 MB both ways, and a site revoked meanwhile."""
 
 import contextlib
 import hashlib
@@ -65,10 +65,8 @@ def main(grid, context):
 
 
 def bundle(megabytes: int) -> bytes:
-    files = {
-        "pyproject.toml": PROJECT.replace("MEGABYTES", str(megabytes)).encode(),
-        "edgetest/__init__.py": CODE.encode(),
-    }
+    project = PROJECT.replace("MEGABYTES", str(megabytes))
+    files = {"pyproject.toml": project.encode(), "edgetest/__init__.py": CODE.encode()}
     lines = [f"{name},{hashlib.sha256(data).hexdigest()},{8 * len(data)}" for name, data in files.items()]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
