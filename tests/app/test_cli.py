@@ -67,35 +67,26 @@ def test_every_command_is_in_the_readme():
         assert f"fedscan {command}" in readme
 
 
-def test_simulate_json_prints_the_summary_and_nothing_else(run_toml, table, tmp_path):
+def test_simulate_json_prints_the_summary_and_nothing_else(run_toml, table, tmp_path, capsys, monkeypatch):
     done = fedscan("simulate", run_toml, "--data", table, "--out", "r", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "r/summary.json").read_text())
     assert "round 2/2" in done.stderr
     assert "Traceback" not in done.stderr
-    again = fedscan("simulate", run_toml, "--data", table, "--out", "r", cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert "not empty" in again.stderr
-    assert "--resume r" in again.stderr
-    finished = fedscan("simulate", "--resume", "r", cwd=tmp_path)
-    assert finished.returncode == 0
-    assert "finished already" in finished.stderr
-
-
-def test_log_txt_holds_what_the_terminal_showed(run_toml, table, tmp_path):
-    done = fedscan("simulate", run_toml, "--data", table, "--out", "r", cwd=tmp_path)
     log = (tmp_path / "r/log.txt").read_text()
-    for line in done.stderr.splitlines():
-        assert line in log
-    assert "AUROC" in done.stdout
+    assert all(line in log for line in done.stderr.splitlines())
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("simulate", run_toml, "--data", table, "--out", "r", capsys=capsys)
+    assert (code, out) == (2, "") and "not empty" in err and "--resume r" in err
+    code, out, err = call("simulate", "--resume", "r", capsys=capsys)
+    assert code == 0 and "AUROC" in out and "finished already" in err
 
 
-def test_without_privacy_every_line_says_so(run_toml, table, tmp_path):
-    words = ["--data", table, "--out", "r", "--set", "privacy.enabled=false"]
-    done = fedscan("simulate", run_toml, *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert all("NO PRIVACY" in line for line in done.stderr.splitlines())
-    assert "NO PRIVACY" in done.stdout
+def test_without_privacy_every_line_says_so(run_toml, table, tmp_path, capsys):
+    words = ["--data", table, "--out", tmp_path / "r", "--set", "privacy.enabled=false"]
+    code, out, err = call("simulate", run_toml, *words, capsys=capsys)
+    assert code == 0 and err and all("NO PRIVACY" in line for line in err.splitlines())
+    assert "NO PRIVACY" in out
 
 
 REFUSED = {
@@ -150,7 +141,11 @@ def wait_for(path, what, seconds=60.0):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_a_run_that_goes_on(number, code, table, tmp_path):
     (tmp_path / "run.toml").write_text(SMALL.replace("ROUNDS", "40"))
