@@ -46,10 +46,10 @@ def test_help_and_version_answer_at_once(tmp_path):
     for words in (["--help"], ["--version"], ["simulate", "--help"]):
         took = []
         for _ in range(3):
-            began = time.monotonic()
-            done = fedscan(*words, cwd=tmp_path)
-            took.append(time.monotonic() - began)
-            assert done.returncode == 0
+            before = os.times()
+            assert fedscan(*words, cwd=tmp_path).returncode == 0
+            after = os.times()  # its processor's time: the clock also counts whoever else is busy here
+            took.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert min(took) < 0.4
 
 
