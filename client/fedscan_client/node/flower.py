@@ -32,6 +32,7 @@ NAMES = (
     "flwr.supercore.interceptors:RuntimeVersionHttpInterceptor",
     "flwr.supercore.interceptors:SuperExecAuthHttpInterceptor",
     "flwr.supercore.retry:make_simple_http_retry_invoker",
+    "flwr.supercore.run:RunNotRunningException",
     "flwr.supercore.runtime:RuntimeHttpClient",
     "flwr.supercore.constant:TaskType",
     "flwr.proto.runtime_pb2:AcquireTaskRequest",

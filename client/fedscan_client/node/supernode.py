@@ -1,4 +1,6 @@
-"""Flower's SuperNode with four changes: it opens no bundle, waits for no lost task, keeps times to itself, asks soon.
+"""Flower's SuperNode with five changes.
+
+It opens no bundle, waits for no lost task, is held up by no ended run, keeps times to itself, and asks again soon.
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
@@ -8,6 +10,10 @@ which tells the server why.
 Stock, a task that ends between fetching its input and fetching its message is never answered for, and the SuperNode
 waits for ever for a reply (`in_memory_nodestate.py`, `_store_error_replies`, leaves out what was not retrieved). Ours
 answers for it when the task's token expires, like for any other.
+
+Stock, a run that ends while its message is being fetched leaves a task whose message never comes
+(`start_client_internal.py`: RunNotRunningException is no Exception, so it passes by the clause that clears up). Whoever
+takes that task waits for hours. Ours clears up.
 
 Stock, each reply tells the server to the microsecond how long the ClientApp worked (`fleet_http_connection.py`,
 `clientapp_runtime_list`), which depends on who was sampled. Ours says 0.
@@ -84,12 +90,16 @@ def tell_no_time(state_class: Any) -> None:
     state_class.get_message_processing_duration = lambda self, message_id: 0.0
 
 
-def asking_soon(stock: Callable[..., int | None], wait: Callable[[float], None] = time.sleep) -> Callable[..., Any]:
-    """`_pull_and_store_message` that asks again after the pauses of `SOON` where the one before brought a message."""
+def pulling(stock: Callable[..., int | None], wait: Callable[[float], None] = time.sleep) -> Callable[..., Any]:
+    """`_pull_and_store_message` that clears up after a run that has ended, and asks again soon.
+
+    After a message it asks after each of the pauses of `SOON`, until the next one has come.
+    """
     worked = False
 
     def pull(**given: Any) -> int | None:
         nonlocal worked
+        given |= {name: _failing(given[name]) for name in ("pull_object", "confirm_message_received")}
         pauses, worked = SOON if worked else (), False
         for pause in (0.0, *pauses):
             wait(pause)
@@ -101,11 +111,24 @@ def asking_soon(stock: Callable[..., int | None], wait: Callable[[float], None] 
     return pull
 
 
+def _failing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, for which an ended run is an error like any other."""
+    from flwr.supercore.run import RunNotRunningException
+
+    def called(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except RunNotRunningException:
+            raise RuntimeError("the run has ended") from None
+
+    return called
+
+
 def change() -> None:
     """Makes the changes to Flower in this process."""
     loop = importlib.import_module("flwr.supernode.start_client_internal")
     loop.__dict__.update(
-        get_fused_config_from_fab=configuration, _pull_and_store_message=asking_soon(loop._pull_and_store_message)
+        get_fused_config_from_fab=configuration, _pull_and_store_message=pulling(loop._pull_and_store_message)
     )
     state = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate").InMemoryNodeState
     keep_no_bundle(state)

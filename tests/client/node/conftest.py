@@ -50,6 +50,7 @@ class FakeServer:
     task_type: str = "flwr-serverapp"
     message_type: str = "query"
     record: Any = None
+    ends: float | None = None  # the run, so many seconds after its message was asked for
 
 
 class Node:
@@ -87,6 +88,11 @@ class Node:
         run.fab_id, run.fab_version, run.fab_hash = server.fab_id, server.fab_version, digest
         run.override_config, run.primary_task_type, run.series_id = config, server.task_type, run_id
         from flwr.app.message import remove_content_from_message
+        from flwr.supercore.run import RunNotRunningException
+
+        def ended(number: int, key: str) -> bytes:
+            time.sleep(server.ends or 0.0)
+            raise RunNotRunningException
 
         pulled = internal._pull_and_store_message(
             state=self.state,
@@ -95,11 +101,11 @@ class Node:
             receive=lambda: (remove_content_from_message(message), tree),
             get_run=lambda number: run,
             get_fab=lambda name, number: Fab(digest, server.content, {}),
-            pull_object=lambda number, key: objects[key],
+            pull_object=ended if server.ends is not None else lambda number, key: objects[key],
             confirm_message_received=lambda number, key: None,
             trusted_entities=None,
         )
-        assert pulled == run_id
+        assert pulled == (run_id if server.ends is None else None)
         return run_id
 
     def reply(self, run_id: int, seconds: float) -> Any:
@@ -158,6 +164,7 @@ def serve() -> Iterator[Node]:
     monkeypatch = pytest.MonkeyPatch()
     for owner, name in (
         (internal, "get_fused_config_from_fab"),
+        (internal, "_pull_and_store_message"),
         (state_class, "store_fab"),
         (state_class, "_store_error_replies"),
     ):

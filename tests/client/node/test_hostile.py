@@ -194,6 +194,17 @@ def test_a_message_that_is_none(node: Any, executor: Path, fake: Any) -> None:
         assert (reply.status, reply.reason, reply.plan, reply.update) == ("failed", "", None, None)
 
 
+@pytest.mark.deployed
+def test_a_run_that_ends_while_its_message_comes_holds_up_nobody(
+    node: Any, executor: Path, fake: Any, make_run: Callable[..., Any]
+) -> None:
+    """The task was taken meanwhile, and waits for a message that will not come."""
+    node.ask(fake(record=record(make_run)), 240)
+    node.pull(fake(record=record(make_run), ends=1.5))
+    _, content = node.ask(fake(record=record(make_run)), 60)
+    assert wire.read_reply(content).status == "ok"
+
+
 def test_reasons_are_short_and_hold_no_data() -> None:
     reasons = [str(value) for name, value in vars(inspect).items() if name.startswith(("FOREIGN", "OTHER"))]
     assert len(reasons) == 5

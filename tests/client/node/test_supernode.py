@@ -2,6 +2,7 @@
 
 import sys
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -54,16 +55,25 @@ def test_a_task_that_dies_before_it_fetched_its_message_is_answered_for(lonely_n
     assert reason == "ClientApp stopped responding."
 
 
+def test_a_run_that_ends_while_its_message_comes_leaves_no_task(lonely_node, fake):
+    """Stock Flower leaves a task whose message never comes."""
+    run_id = lonely_node.pull(fake(ends=0.0))
+    tasks = [one for one in lonely_node.state.get_tasks() if one.run_id == run_id]
+    assert tasks and all(task.status.status == "finished" for task in tasks)
+    assert not lonely_node.state.get_messages_legacy(run_ids=[run_id])
+
+
 def test_after_a_message_it_asks_again_soon_and_then_at_flowers_pace():
     told = iter([None, 7, 7, None, None, 7, *[None] * 20])
     waited: list[float] = []
-    pull = supernode.asking_soon(lambda **given: next(told), waited.append)
+    asked: dict[str, Any] = {"pull_object": print, "confirm_message_received": print}
+    pull = supernode.pulling(lambda **given: next(told), waited.append)
     first, *soon = 0.0, *supernode.SOON
-    assert pull(state=1) is None and waited == [first]  # idle: one question, and Flower's loop sleeps for 3 s
-    assert pull(state=1) == 7 and pull(state=1) == 7
+    assert pull(**asked) is None and waited == [first]  # idle: one question, and Flower's loop sleeps for 3 s
+    assert pull(**asked) == 7 and pull(**asked) == 7
     waited.clear()
-    assert pull(state=1) == 7 and waited == [first, *soon[:2]]
+    assert pull(**asked) == 7 and waited == [first, *soon[:2]]
     waited.clear()
-    assert pull(state=1) is None and waited == [first, *soon]
+    assert pull(**asked) is None and waited == [first, *soon]
     waited.clear()
-    assert pull(state=1) is None and waited == [first]
+    assert pull(**asked) is None and waited == [first]
