@@ -20,6 +20,7 @@ NAMES = (
     "flwr.supernode.start_client_internal:get_fused_config_from_fab",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState._store_error_replies",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.get_message_processing_duration",
+    "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.get_messages_legacy",
     "flwr.supernode.nodestate.in_memory_nodestate:InMemoryNodeState.store_fab",
     "flwr.supernode.cli.flower_supernode:flower_supernode",
     "flwr.supernode.runtime.run_clientapp:pull_and_inflate_object_from_tree",

@@ -1,6 +1,7 @@
-"""Flower's SuperNode with five changes.
+"""Flower's SuperNode with six changes.
 
-It opens no bundle, waits for no lost task, is held up by no ended run, keeps times to itself, and asks again soon.
+It opens no bundle, waits for no lost task, is held up by no ended run, keeps no reply back, keeps times to itself, and
+asks again soon.
 
 Stock, it unzips and parses whatever bundle the server sends to find its default configuration
 (`start_client_internal.py` of 1.41.0, `get_fused_config_from_fab`): a broken zip ends the process, a bomb fills its
@@ -14,6 +15,9 @@ answers for it when the task's token expires, like for any other.
 Stock, a run that ends while its message is being fetched leaves a task whose message never comes
 (`start_client_internal.py`: RunNotRunningException is no Exception, so it passes by the clause that clears up). Whoever
 takes that task waits for hours. Ours clears up.
+
+Stock, replies are sent after a message has come and at no other time, and any one reply is enough (`_push_messages`).
+After one for a run that had ended, each waits for the next round's message: the site is late for ever. Ours are sent.
 
 Stock, each reply tells the server to the microsecond how long the ClientApp worked (`fleet_http_connection.py`,
 `clientapp_runtime_list`), which depends on who was sampled. Ours says 0.
@@ -91,9 +95,10 @@ def tell_no_time(state_class: Any) -> None:
 
 
 def pulling(stock: Callable[..., int | None], wait: Callable[[float], None] = time.sleep) -> Callable[..., Any]:
-    """`_pull_and_store_message` that clears up after a run that has ended, and asks again soon.
+    """`_pull_and_store_message` that clears up after a run that has ended, lets replies go, and asks again soon.
 
-    After a message it asks after each of the pauses of `SOON`, until the next one has come.
+    After a message it asks after each of the pauses of `SOON`, until the next one has come. What it returns is the
+    run's id, or 0 where no message has come but a reply waits: Flower's loop looks only whether it is None.
     """
     worked = False
 
@@ -103,7 +108,10 @@ def pulling(stock: Callable[..., int | None], wait: Callable[[float], None] = ti
         pauses, worked = SOON if worked else (), False
         for pause in (0.0, *pauses):
             wait(pause)
-            if (run_id := stock(**given)) is not None:
+            run_id = stock(**given)
+            if run_id is None and given["state"].get_messages_legacy(is_reply=True):
+                run_id = 0
+            if run_id is not None:
                 worked = True
                 return run_id
         return None
