@@ -18,7 +18,7 @@ import pytest
 
 from fedscan_core import accounting, config
 
-SAMPLE, ALL = (8, 20), (1, 130)  # of each kind of boundary every so many; random kills
+SAMPLE, ALL = (5, 24), (1, 130)  # of each kind of boundary every so many; random kills
 
 
 @pytest.fixture(
