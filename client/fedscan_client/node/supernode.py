@@ -109,7 +109,7 @@ def pulling(stock: Callable[..., int | None], wait: Callable[[float], None] = ti
         for pause in (0.0, *pauses):
             wait(pause)
             run_id = stock(**given)
-            if run_id is None and given["state"].get_messages_legacy(is_reply=True):
+            if run_id is None and _waits(given["state"]):
                 run_id = 0
             if run_id is not None:
                 worked = True
@@ -117,6 +117,14 @@ def pulling(stock: Callable[..., int | None], wait: Callable[[float], None] = ti
         return None
 
     return pull
+
+
+def _waits(state: Any) -> bool:
+    """Whether a reply is there that has not been fetched to be sent. Looking fetches none: Flower fetches each once."""
+    state.get_messages_legacy(run_ids=[])  # of no run: but now tasks that nobody works on are answered for
+    with state.lock_msg_store:
+        entries = list(state.msg_store.values())
+    return any(not entry.is_retrieved and entry.message.metadata.reply_to_message_id for entry in entries)
 
 
 def _failing(call: Callable[..., Any]) -> Callable[..., Any]:
