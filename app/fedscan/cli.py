@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fedscan import cli_agent, cli_launch, cli_phantom, cli_server
+from fedscan import cli_agent, cli_launch, cli_phantom, cli_server, stopping
 from fedscan_core.errors import FedscanError
 
 if TYPE_CHECKING:
@@ -270,12 +269,8 @@ def _signals() -> Iterator[_Signals]:
         print("\nfedscan: stopping after the message in progress; once more stops at once.", file=sys.stderr)
         state.stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stopping.handled_by(handle):
         yield state
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _log_level(verbose: bool) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -19,9 +19,16 @@ def on_signal(said: str) -> Iterator[threading.Event]:
         print(f"\nfedscan: {said}; once more stops at once.", file=sys.stderr)
         stop.set()
 
+    with handled_by(handle):
+        yield stop
+
+
+@contextlib.contextmanager
+def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to `handle` for as long as the block lasts."""
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
